@@ -1,0 +1,1 @@
+"""What is put onto a frozen model: projectors, Q-Former, LoRA."""

@@ -1,0 +1,1 @@
+"""Losses, data, the contrastive loop, the alignment stages, evaluation."""

@@ -1,0 +1,127 @@
+"""Which parameters learn, with what learning rate: rules as data, turned into optimizer groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vlm_vision.config import Config
+from vlm_vision.errors import ConfigError, nearest
+
+
+class Rule(Config):
+    """Parameters whose dotted name matches `match` learn in the way `learn` says. The last matching rule wins.
+
+    Attributes:
+        match: shell pattern over parameter names, `*` crossing dots: `tower.*`, `*.ln_*`.
+        learn: `full` trains the weights, `frozen` does not, `lora` trains low-rank adapters put onto the
+            linear layers that match.
+        lr: peak learning rate; None takes the run's.
+        weight_decay: None takes the run's.
+    """
+
+    match: str
+    learn: Literal["full", "frozen", "lora"] = "full"
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+def matching_rule(name: str, rules: Sequence[Rule]) -> Rule | None:
+    """The last rule whose pattern matches a parameter's name, or None: what no rule names stays frozen."""
+    return next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
+
+
+def check_rules(names: Iterable[str], rules: Sequence[Rule]) -> None:
+    """Refuse a rule that names no parameter: a typo there would silently train nothing.
+
+    Raises:
+        ConfigError: names the pattern and the nearest parameter.
+    """
+    known = list(names)
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.match) for name in known):
+            stem = rule.match.strip("*.")
+            prefixes = sorted({name.rsplit(".", n)[0] for name in known for n in range(name.count(".") + 1)})
+            raise ConfigError(f"rule {rule.match!r} matches no parameter{nearest(stem, prefixes)}")
+
+
+def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
+    """Set `requires_grad` from the rules; adapters already injected by LoRA always learn.
+
+    Raises:
+        ConfigError: a rule matches nothing, or nothing at all would learn.
+    """
+    check_rules((_base_name(name) for name, _ in model.named_parameters()), rules)
+    for name, parameter in model.named_parameters():
+        rule = matching_rule(_base_name(name), rules)
+        learns = rule is not None and (rule.learn == "full" or (rule.learn == "lora" and ".lora_" in name))
+        parameter.requires_grad_(learns)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter learns: every rule says frozen, or lora where there is no linear layer")
+
+
+def parameter_groups(
+    model: nn.Module, rules: Sequence[Rule], *, lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the parameters that learn, one per (learning rate, weight decay).
+
+    Gains, biases and scalars (ndim < 2) take no decay, as open_clip does (`open_clip_train/main.py`).
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rule = matching_rule(_base_name(name), rules)
+        group_lr = lr if rule is None or rule.lr is None else rule.lr
+        decay = weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        if parameter.ndim < 2:
+            decay = 0.0
+        group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def warmup_steps(total_steps: int, warmup: int = 200, share: float = 0.1) -> int:
+    """Linear warm-up length: `warmup` steps, but never more than `share` of the run.
+
+    open_clip's fixed 10,000 would outlast a small run, which then never reaches its learning rate.
+    """
+    return min(warmup, max(1, math.ceil(share * total_steps)))
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up then cosine to 0, as a factor on every group's own learning rate.
+
+    Same values as open_clip's `cosine_lr` (`open_clip_train/scheduler.py`), which sets one rate for all groups.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def trainable_summary(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Per top-level part: (parameters that learn, all parameters)."""
+    summary: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".", 1)[0]
+        learning, total = summary.get(part, (0, 0))
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty shard locally
+        summary[part] = (learning + count * parameter.requires_grad, total + count)
+    return summary
+
+
+def _base_name(name: str) -> str:
+    """A parameter's name before peft wrapped its layer, so that rules read the same with LoRA in place."""
+    return name.replace(".base_layer.", ".").split(".lora_")[0]

@@ -1,0 +1,128 @@
+"""A run is a folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and curves for its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vlm_vision.config import Config, save_config
+from vlm_vision.errors import VlmVisionError
+
+
+class Run:
+    """Writes what a training run leaves behind; on ranks other than 0 it writes nothing.
+
+    Args:
+        folder: made if absent.
+        config: saved as `config.yaml`.
+        resume_step: lines of `metrics.jsonl` after this step belong to a part that was lost, and are dropped.
+    """
+
+    def __init__(self, folder: str | Path, config: Config, *, resume_step: int = 0) -> None:
+        self.folder = Path(folder)
+        self.is_main = int(os.environ.get("RANK", "0")) == 0
+        self.checkpoints = self.folder / "checkpoints"
+        self._metrics = self.folder / "metrics.jsonl"
+        self._tensorboard: Any = None
+        if not self.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.folder / "config.yaml")
+        kept = [line for line in read_metrics(self._metrics) if line["step"] <= resume_step]
+        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line of metrics at an optimizer step."""
+        if not self.is_main:
+            return
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def progress(self, total: int, description: str, *, start: int = 0) -> Any:
+        """A progress bar with time left, on rank 0 only."""
+        return progress_bar(total, description, start=start, disable=not self.is_main)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def progress_bar(total: int, description: str, *, start: int = 0, disable: bool = False) -> Any:
+    """The project's one progress bar: description, share, time left, latest values."""
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=description,
+        disable=disable,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; empty when the file does not exist. A last line torn by a kill is dropped."""
+    if not Path(path).is_file():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    parsed = []
+    for number, line in enumerate(lines):
+        try:
+            parsed.append(json.loads(line))
+        except ValueError:
+            if number + 1 != len(lines):
+                raise VlmVisionError(f"{path}: line {number + 1} is not JSON") from None
+    return parsed
+
+
+def check_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Stop before a non-finite step reaches the weights.
+
+    Raises:
+        VlmVisionError: names the step and the value.
+    """
+    import math
+
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise VlmVisionError(
+            f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after step "
+            f"{step - 1}. Lower the learning rate, or set precision to fp32, and continue with --resume"
+        )
+
+
+def prepare_process(seed: int) -> None:
+    """What every training entry point does first: seeds, and denormals flushed.
+
+    Without flushing, Adam's moments of rarely seen embeddings decay into denormals, which a CPU handles
+    many times slower.
+    """
+    torch.set_flush_denormal(True)
+    torch.manual_seed(seed)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 if sys.platform == "darwin" else 1024) / (1024 if sys.platform == "darwin" else 1)
+
+
+@contextmanager
+def timed(stage_seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that a block takes to `stage_seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    stage_seconds[name] = round(stage_seconds.get(name, 0.0) + time.perf_counter() - start, 2)

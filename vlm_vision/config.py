@@ -1,0 +1,197 @@
+"""Frozen configs from YAML files and `a.b=c` overrides, validated once, every error at once.
+
+A config class never imports torch, so that a config can be checked and planned before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vlm_vision.errors import ConfigError, nearest
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+def load_config(
+    config_class: type[C], source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()
+) -> C:
+    """Read a YAML file (or take a mapping), apply `a.b=c` overrides in order, and validate.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, an override is not `a.b=c`, or values are wrong;
+            lists every wrong value with its path and the nearest valid name.
+    """
+    if isinstance(source, Mapping):
+        tree, origin = dict(source), config_class.__name__
+    else:
+        tree, origin = _read_yaml(Path(source)), str(source)
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(config_class, tree, origin)
+
+
+def validate(config_class: type[C], tree: Mapping[str, Any], origin: str) -> C:
+    """Validate a mapping; `origin` (a file or a name) opens the error text."""
+    try:
+        return config_class.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(config_class, tree, details) for details in error.errors()]
+        raise ConfigError(f"{origin}: {len(lines)} wrong value(s)\n" + "\n".join(lines)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write a config as YAML that `load_config` reads back to an equal config."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+
+
+def expand_shorthand(text: str) -> dict[str, Any]:
+    """`name:model[@weights]` as the mapping it stands for; a bare `name` gives only the name.
+
+    The weights follow the last `@`, so that neither a Windows drive nor a revision in a model id is cut.
+    """
+    name, _, rest = text.partition(":")
+    node: dict[str, Any] = {"name": name}
+    if rest:
+        model, at, weights = rest.rpartition("@")
+        node["model"] = model if at else rest
+        if at:
+            node["weights"] = weights
+    return node
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise ConfigError(f"config file {str(path)!r} does not exist{nearest(str(path), siblings)}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    except Exception as error:  # yaml.YAMLError, whose package OmegaConf wraps without re-exporting
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+        raise
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold keys and values, but holds {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} must have the form a.b=value")
+    try:
+        value = _parse(text)
+    except Exception as error:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        child = _child(node, key, override)
+        if child is None:
+            child = {}
+        elif isinstance(child, str):
+            child = expand_shorthand(child)
+        elif not isinstance(child, (dict, list)):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a single value, not a node")
+        _assign(node, key, child)
+        node = child
+    last = keys[-1]
+    if last == "name" and isinstance(node, dict) and node.get("name") != value:
+        node.clear()  # fields of the old variant mean nothing to the new one
+    _assign(node, last, value)
+
+
+def _parse(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]  # type: ignore[index,call-overload]
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ConfigError(f"override {override!r}: {key!r} must be an index below {len(node)}")
+        return node[int(key)]
+    return node.get(key)
+
+
+def _assign(node: Any, key: str, value: Any) -> None:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise ConfigError(f"{key!r} must be an index below {len(node)}")
+        node[int(key)] = value
+    else:
+        node[key] = value
+
+
+def _explain(config_class: type[Config], tree: Any, details: Any) -> str:
+    """One validation error as one line: path, problem, value given, nearest valid name."""
+    loc = details["loc"]
+    path = ".".join(str(part) for part in loc) or "(root)"
+    if details["type"] == "extra_forbidden":
+        owner = _owner(config_class, tree, loc[:-1])
+        known = list(owner.model_fields) if owner else []
+        listing = f" (known: {', '.join(known)})" if known else ""
+        return f"  {path}: unknown key{nearest(str(loc[-1]), known)}{listing}"
+    if details["type"] == "missing":
+        return f"  {path}: missing"
+    hint = ""
+    if details["type"] in ("literal_error", "enum") and isinstance(details["input"], str):
+        hint = nearest(details["input"], str(details["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    message = str(details["msg"]).removeprefix("Value error, ")
+    return f"  {path}: {message[:1].lower() + message[1:]} (got {details['input']!r:.120}){hint}"
+
+
+def _owner(config_class: type[Config], tree: Any, loc: Iterable[Any]) -> type[Config] | None:
+    """The config class that owns the node at `loc`."""
+    owner: Any = config_class
+    for part in loc:
+        tree = _descend(tree, part)
+        if isinstance(part, int):  # an item of a list, whose class the list's annotation already gave
+            continue
+        if isinstance(owner, type) and issubclass(owner, Config):
+            field = owner.model_fields.get(str(part))
+            if field is None:
+                return None
+            owner = _node_class(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, tree)  # type: ignore[valid-type]
+        else:
+            owner = _node_class(owner, tree)
+    owner = _node_class(owner, tree)
+    return owner if isinstance(owner, type) and issubclass(owner, Config) else None
+
+
+def _descend(tree: Any, part: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return tree.get(part)
+    if isinstance(tree, (list, tuple)) and isinstance(part, int) and part < len(tree):
+        return tree[part]
+    return None
+
+
+def _node_class(annotation: Any, tree: Any) -> Any:
+    """The Config class behind an annotation: a variant by its name, the item of a list, one arm of a union."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        for marker in metadata:
+            if hasattr(marker, "class_of"):
+                return marker.class_of(tree)
+        return _node_class(inner, tree)
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
+        for arm in reversed(get_args(annotation)):
+            found = _node_class(arm, tree)
+            if isinstance(found, type) and issubclass(found, Config):
+                return found
+        return None
+    return annotation

@@ -1,0 +1,47 @@
+"""Errors that a user can act on: each says what was given, what was expected, and what to type instead."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VlmVisionError(Exception):
+    """Base of every error caused by input rather than by a defect; the command line prints it without traceback."""
+
+
+class ConfigError(VlmVisionError):
+    """A config has an unknown key, a wrong value, or names something that does not exist."""
+
+
+class WeightsError(VlmVisionError):
+    """Weights do not fit the model: missing, unexpected or misshapen tensors, a wrong activation, an unsafe file."""
+
+
+class DataError(VlmVisionError):
+    """Data that cannot be read or does not make sense: a missing file, a broken picture, an empty caption."""
+
+
+class MissingExtraError(VlmVisionError, ImportError):
+    """A part needs packages of an optional extra that is not installed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known name closest to `name`, or an empty string when none is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require(extra: str, *modules: str) -> None:
+    """Check that the modules of an extra can be imported, without importing them.
+
+    Raises:
+        MissingExtraError: names the missing packages and the command that installs them.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(
+            f"this needs {', '.join(missing)}, which the extra {extra!r} brings: "
+            f"pip install 'vlm_vision[{extra}]'"
+        )
