@@ -1,0 +1,1 @@
+"""Backbones: the image encoders of other libraries behind one interface."""
