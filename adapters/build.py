@@ -1,0 +1,116 @@
+"""Projectors by name: built, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlm_vision.adapters.config import PROJECTORS, BuildArguments, Grid, ProjectorConfig
+from vlm_vision.adapters.projector import Projector
+from vlm_vision.config import validate
+from vlm_vision.errors import WeightsError
+
+
+def list_projectors() -> list[str]:
+    """Every projector name, ours first, then other packages'; `mlp{depth}x_gelu` is understood too."""
+    return PROJECTORS.names()
+
+
+def build_projector(
+    config: str | Mapping[str, Any] | ProjectorConfig, in_features: int, out_features: int, grid: Grid
+) -> Projector:
+    """A projector [B,N,D] -> [B,M,L] with fresh weights, the same ones after the same `torch.manual_seed`.
+
+    Args:
+        config: a name (`linear`, `mlp2x_gelu`, `qformer`), a mapping of name and options, or a config.
+        in_features: width D of a patch.
+        out_features: width L of the language model.
+        grid: patches of one picture as (rows, columns).
+
+    Raises:
+        ConfigError: unknown name or option, with the nearest valid one, or widths that do not fit.
+    """
+    given = {
+        "projector": config,
+        "in_features": in_features,
+        "out_features": out_features,
+        "grid": tuple(grid),
+    }
+    arguments = validate(BuildArguments, given, "build_projector")
+    return arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
+
+
+def save_projector(
+    projector: Projector, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `config.json` and `model.safetensors`; `state_dict` stands in for weights that are sharded."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {
+        "projector": projector.config.model_dump(mode="json"),
+        "in_features": projector.in_features,
+        "out_features": projector.out_features,
+        "grid": list(projector.grid),
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    state = projector.state_dict() if state_dict is None else state_dict
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+
+
+def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:
+    """The projector that `save_projector` wrote.
+
+    Raises:
+        WeightsError: no such folder, or weights that do not fit its config.
+        ConfigError: a config that this version does not know.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
+    arguments = validate(BuildArguments, description, str(path))
+    projector = arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
+    load_projector_weights(projector, folder)
+    return projector if dtype is None else projector.to(dtype)
+
+
+def load_projector_weights(projector: Projector, source: str | Path) -> None:
+    """Fill a projector from a folder, a safetensors file, or LLaVA's `mm_projector.bin`, every tensor once.
+
+    Raises:
+        WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
+    """
+    path = Path(source)
+    path = path / "model.safetensors" if path.is_dir() else path
+    state = {name.split("mm_projector.")[-1]: tensor for name, tensor in _read(path).items()}
+    expected = projector.state_dict()
+    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise WeightsError(
+            f"{path} does not fit the projector {projector.config.name!r} "
+            f"({projector.in_features} -> {projector.out_features}): {'; '.join(sorted(problems))}"
+        )
+    projector.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # each reader has its own family of errors
+        raise WeightsError(f"projector weights {str(path)!r} cannot be read: {error}") from error
