@@ -1,0 +1,122 @@
+"""Config nodes of the built-in backbones. No torch here: each builds through a lazy import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import model_validator
+
+from vlm_vision.tower_config import BackboneConfig, PreprocessConfig
+
+if TYPE_CHECKING:
+    from vlm_vision.backbone import Backbone
+    from vlm_vision.text import TextSide
+
+
+class OpenClipConfig(BackboneConfig):
+    """A model of open_clip: `open_clip:ViT-L-14-336-quickgelu@openai`.
+
+    Attributes:
+        model: a name of `open_clip.list_models()`.
+        architecture: instead of a name, the model written out as in open_clip's `model_configs/*.json`:
+            `embed_dim`, `vision_cfg`, `text_cfg`, optionally `quick_gelu`.
+        weights: a pretrained tag of that model, a weights file, or a folder that holds one; `none` for random.
+        preprocess: None takes what the weights were trained with.
+    """
+
+    name: Literal["open_clip"] = "open_clip"
+    architecture: dict[str, Any] | None = None
+    preprocess: PreprocessConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> OpenClipConfig:
+        if self.model is None and self.architecture is None:
+            raise ValueError("name a `model` of open_clip, or write out its `architecture`")
+        if self.architecture is not None and not {"embed_dim", "vision_cfg"} <= self.architecture.keys():
+            raise ValueError("`architecture` needs `embed_dim` and `vision_cfg`")
+        return self
+
+    @classmethod
+    def models(cls) -> list[str]:
+        from vlm_vision.backbones.open_clip import list_models
+
+        return list_models()
+
+    def build(self, *, load_weights: bool = True) -> Backbone:
+        from vlm_vision.backbones.open_clip import build
+
+        return build(self, load_weights=load_weights)
+
+    def build_text(self, *, load_weights: bool = True) -> TextSide:
+        from vlm_vision.backbones.open_clip import build_text
+
+        return build_text(self, load_weights=load_weights)
+
+
+class TransformersConfig(BackboneConfig):
+    """A vision model of transformers: `transformers:openai/clip-vit-large-patch14-336`, or a local folder.
+
+    Attributes:
+        model: hub id or folder, of CLIP (the whole model or its vision part) or DINOv2.
+        architecture: instead of `model`, the content of its vision `config.json`.
+        weights: None takes those of `model`; another hub id or folder; `none` for random.
+        preprocess: None takes what the weights' `preprocessor_config.json` says.
+    """
+
+    name: Literal["transformers"] = "transformers"
+    architecture: dict[str, Any] | None = None
+    preprocess: PreprocessConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> TransformersConfig:
+        if self.model is None and self.architecture is None:
+            raise ValueError("name a `model` (hub id or folder), or write out its `architecture`")
+        return self
+
+    @classmethod
+    def models(cls) -> list[str]:
+        return [
+            "openai/clip-vit-base-patch32",
+            "openai/clip-vit-base-patch16",
+            "openai/clip-vit-large-patch14",
+            "openai/clip-vit-large-patch14-336",
+            "facebook/dinov2-small",
+            "facebook/dinov2-base",
+            "facebook/dinov2-large",
+            "facebook/dinov2-giant",
+        ]
+
+    def build(self, *, load_weights: bool = True) -> Backbone:
+        from vlm_vision.backbones.transformers import build
+
+        return build(self, load_weights=load_weights)
+
+
+class TimmConfig(BackboneConfig):
+    """A model of timm with `forward_intermediates`: `timm:vit_base_patch16_224.augreg_in21k`.
+
+    Attributes:
+        model: a name of `timm.list_models()`, with or without its pretrained tag.
+        weights: None takes the tag's; a weights file; `none` for random.
+        preprocess: None takes what the tag says.
+    """
+
+    name: Literal["timm"] = "timm"
+    preprocess: PreprocessConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> TimmConfig:
+        if self.model is None:
+            raise ValueError("name a `model` of timm")
+        return self
+
+    @classmethod
+    def models(cls) -> list[str]:
+        from vlm_vision.backbones.timm import list_models
+
+        return list_models()
+
+    def build(self, *, load_weights: bool = True) -> Backbone:
+        from vlm_vision.backbones.timm import build
+
+        return build(self, load_weights=load_weights)

@@ -1,0 +1,111 @@
+"""Image and text towers in one embedding space. Its tower is the tower that alignment loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from vlm_vision.errors import ConfigError
+from vlm_vision.preprocess import ImageProcessor
+from vlm_vision.text import TextSide, Tokenizer
+from vlm_vision.tower import (
+    DUAL_ENCODER_TYPE,
+    VisionTower,
+    read_folder,
+    resolve_folder,
+    save_folder,
+    saved_folder,
+    tower_config,
+)
+from vlm_vision.tower_config import TowerConfig
+from vlm_vision.weights import load_strict
+
+
+class DualEncoder(nn.Module):
+    """A vision tower with its pooled head beside the text tower it was trained with.
+
+    Attributes:
+        tower: gives patch features as ever, and image embeddings through `tower.pooled`.
+        text: token ids [B,T] to embeddings [B,E].
+        logit_scale: log of the factor on cosine similarities (CLIP, arXiv:2103.00020, section 2.5).
+        tokenizer: captions to token ids.
+    """
+
+    def __init__(self, tower: VisionTower, text: TextSide) -> None:
+        super().__init__()
+        if not tower.config.pooled_head:
+            raise ConfigError("a dual encoder needs a tower with pooled_head=True")
+        self.tower = tower
+        self.text = text.encoder
+        self.tokenizer: Tokenizer = text.tokenizer
+        self.logit_scale = nn.Parameter(torch.tensor(text.logit_scale))
+
+    @property
+    def config(self) -> TowerConfig:
+        return self.tower.config
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return self.tower.image_processor
+
+    def encode_image(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        """Unit-length image embeddings."""
+        return normalize(self.tower.pooled(pixels), dim=-1)
+
+    def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b e"]:
+        """Unit-length text embeddings."""
+        return normalize(self.text(tokens.to(self.logit_scale.device)), dim=-1)
+
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "c t"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "c e"], Float[Tensor, ""]]:
+        """Image embeddings, text embeddings, and the factor on their similarities."""
+        return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads, and `VisionTower.from_pretrained` too."""
+        portable = self.config.model_copy(update={"backbone": self.tower.backbone.portable_config()})
+        content = {"model_type": DUAL_ENCODER_TYPE, "tower": portable.model_dump(mode="json")}
+        save_folder(folder, content, self.state_dict(), self.image_processor)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> DualEncoder:
+        """Load a folder or hub id that `save_pretrained` wrote.
+
+        Raises:
+            ConfigError: no such folder, or not a dual encoder.
+            WeightsError: weights that do not fit.
+        """
+        folder = resolve_folder(source)
+        config, state = read_folder(folder, DUAL_ENCODER_TYPE)
+        backbone, text = config.backbone.build(load_weights=False), config.backbone.build_text(load_weights=False)
+        model = cls(VisionTower(config, backbone), text)
+        load_strict(model, state, str(folder))
+        return model
+
+
+def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) -> DualEncoder:
+    """Load a dual encoder from any source that `load_tower` takes.
+
+    Args:
+        source: `open_clip:model@weights`, a YAML file, a folder written by `DualEncoder.save_pretrained`, a mapping.
+        overrides: fields of `TowerConfig`.
+
+    Raises:
+        ConfigError: the source or a field is not known, or has no text tower.
+        WeightsError: the weights are missing or do not fit.
+    """
+    folder = saved_folder(source)
+    if folder is not None and not overrides:
+        return DualEncoder.from_pretrained(folder)
+    if folder is not None:
+        raise ConfigError(f"{folder}: a saved dual encoder takes no overrides, got {', '.join(overrides)}")
+    config = tower_config(source, **{**overrides, "pooled_head": True})
+    text = config.backbone.build_text()
+    return DualEncoder(VisionTower(config, config.backbone.build()), text)

@@ -1,0 +1,296 @@
+"""The vision tower: one interface over every backbone, from pixels to patch features."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlm_vision.backbone import Backbone
+from vlm_vision.config import load_config, validate
+from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.features import resolve_layers, select_tokens
+from vlm_vision.preprocess import ImageProcessor
+from vlm_vision.tower_config import BACKBONES, TowerConfig
+from vlm_vision.weights import load_strict, read_state_dict
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+MODEL_TYPE = "vlm_vision_tower"
+DUAL_ENCODER_TYPE = "vlm_vision_dual_encoder"
+_T = TypeVar("_T")
+
+
+class VisionTower(nn.Module):
+    """Patch features of one backbone.
+
+    `tower(pixels)` maps [B,3,H,W] to [B,N,D] in the tower's dtype; gradients follow `requires_grad`.
+    Layers after the deepest selected one are freed, unless the config keeps the pooled head.
+
+    Attributes:
+        config: the frozen config it was built from.
+        image_processor: pictures to the pixels that this tower expects.
+        hidden_size: D, channels of a feature (of all selected layers together).
+        num_patches: N of `select: patch`; without class token.
+        grid: rows and columns of patches.
+        patch_size: pixels between patches.
+    """
+
+    def __init__(self, config: TowerConfig, backbone: Backbone) -> None:
+        """Take a backbone as the config wants it.
+
+        Raises:
+            ConfigError: a layer out of range, a class token that the backbone does not have, layers whose grids
+                differ, a pooled head that the backbone does not have.
+        """
+        super().__init__()
+        info = backbone.info
+        layers = resolve_layers(config.layer, info.num_layers, info.default_layer)
+        grids = {info.grids[layer - 1] for layer in layers}
+        if len(grids) > 1:
+            raise ConfigError(f"layer {config.layer}: these layers have different grids {sorted(grids)} and cannot be joined")
+        if config.select != "patch" and info.prefix_tokens == 0:
+            raise ConfigError(f"select {config.select!r}: this backbone has no class token; use select 'patch'")
+        if config.pooled_head and info.embed_dim is None:
+            raise ConfigError("pooled_head: this backbone has no pooled head")
+        self.config = config
+        self.backbone = backbone
+        self.image_processor = ImageProcessor(info.preprocess)
+        self.layers = layers
+        self.grid = grids.pop()
+        self.hidden_size = sum(info.widths[layer - 1] for layer in layers)
+        self.embed_dim = info.embed_dim if config.pooled_head else None
+        if not config.pooled_head:
+            backbone.truncate(max(layers))
+        self.to(getattr(torch, config.dtype))
+
+    @property
+    def image_size(self) -> int:
+        return self.backbone.info.preprocess.image_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.image_size // self.grid[0]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.grid[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that `forward` gives for a picture, by `select`."""
+        return {"patch": self.num_patches, "cls_patch": self.num_patches + 1, "cls": 1}[self.config.select]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]) -> Float[Tensor, "b n d"]:
+        """Features of the selected layers and tokens; a list of pictures runs as one batch.
+
+        Raises:
+            ConfigError: pixels of another size than the backbone's.
+        """
+        batch = self._batch(pixels)
+        ascending = sorted(self.layers)
+        outputs = dict(zip(ascending, self.backbone.forward_layers(batch, ascending), strict=True))
+        chosen = [
+            select_tokens(outputs[layer], self.config.select, self.backbone.info.prefix_tokens) for layer in self.layers
+        ]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]) -> Float[Tensor, "b e"]:
+        """Image embedding of the whole backbone with its head, not normalised.
+
+        Raises:
+            ConfigError: the tower was built without `pooled_head`.
+        """
+        if not self.config.pooled_head:
+            raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
+        return self.backbone.pooled(self._batch(pixels))
+
+    def _batch(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
+        side = self.image_size
+        pictures = [pixels] if isinstance(pixels, Tensor) else list(pixels)
+        for picture in pictures:
+            if picture.shape[-3:] != (3, side, side):
+                raise ConfigError(
+                    f"pixels of shape {tuple(picture.shape)}: this tower takes [B, 3, {side}, {side}]; "
+                    "tower.image_processor(pictures) makes them from pictures of any size"
+                )
+        batch = pixels if isinstance(pixels, Tensor) else torch.stack(pictures)
+        return batch.to(device=self.device, dtype=self.dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; complete or absent."""
+        portable = self.config.model_copy(update={"backbone": self.backbone.portable_config()})
+        save_folder(
+            folder,
+            {"model_type": MODEL_TYPE, "tower": portable.model_dump(mode="json")},
+            self.state_dict(),
+            self.image_processor,
+        )
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **overrides: Any) -> VisionTower:
+        """Load a tower from a folder or hub id that `save_pretrained` of a tower or a dual encoder wrote.
+
+        Args:
+            overrides: fields of `TowerConfig` to change, such as `layer=-3`.
+
+        Raises:
+            ConfigError: no such folder, or not one of ours.
+            WeightsError: weights that do not fit.
+        """
+        folder = resolve_folder(source)
+        stored, state = read_folder(folder, MODEL_TYPE, DUAL_ENCODER_TYPE)
+        if any(name.startswith("tower.") for name in state):
+            state = {name.removeprefix("tower."): value for name, value in state.items() if name.startswith("tower.")}
+        backbone = stored.backbone.build(load_weights=False)
+        whole = cls(stored, backbone)
+        load_strict(whole, state, str(folder))
+        if not overrides:
+            return whole
+        wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
+        if wanted.pooled_head and not stored.pooled_head:
+            raise ConfigError(f"{folder}: was saved without its pooled head; take it from the dual encoder")
+        asked = resolve_layers(wanted.layer, backbone.info.num_layers, backbone.info.default_layer)
+        if not stored.pooled_head and max(asked) > max(whole.layers):
+            raise ConfigError(f"{folder}: was saved up to layer {max(whole.layers)}, layer {wanted.layer} is not in it")
+        return cls(wanted, backbone)
+
+
+def load_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> VisionTower:
+    """Load a vision tower.
+
+    Args:
+        source: `source:model[@weights]` (`open_clip:ViT-L-14-336-quickgelu@openai`), a YAML file of `TowerConfig`,
+            a folder written by `save_pretrained`, or a mapping of `TowerConfig`'s fields.
+        overrides: fields of `TowerConfig`, such as `layer=-2` or `dtype="bfloat16"`.
+
+    Raises:
+        ConfigError: the source or a field is not known.
+        WeightsError: the weights are missing or do not fit.
+    """
+    folder = saved_folder(source)
+    if folder is not None:
+        return VisionTower.from_pretrained(folder, **overrides)
+    config = tower_config(source, **overrides)
+    return VisionTower(config, config.backbone.build())
+
+
+def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> TowerConfig:
+    """The config behind any source that `load_tower` takes; reads no weights.
+
+    Raises:
+        ConfigError: the source or a field is not known.
+    """
+    folder = saved_folder(source)
+    if folder is not None:
+        stored = _read_config(folder, MODEL_TYPE, DUAL_ENCODER_TYPE)
+        return validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
+    if isinstance(source, Mapping):
+        return load_config(TowerConfig, {**source, **overrides})
+    text = str(source)
+    if text.endswith((".yaml", ".yml")):
+        tree = load_config(TowerConfig, text)
+        return validate(TowerConfig, {**tree.model_dump(mode="json"), **overrides}, text) if overrides else tree
+    if ":" not in text:
+        raise ConfigError(
+            f"{text!r} is no folder with a {CONFIG_FILE}, no YAML file, and no `source:model[@weights]` "
+            f"(sources: {', '.join(BACKBONES.names())})"
+        )
+    return load_config(TowerConfig, {"backbone": text, **overrides})
+
+
+def list_backbones() -> list[str]:
+    """Every backbone that `load_tower` can build, as `source:model`, those of installed plug-ins included.
+
+    A source that does not list its models stands alone by its name.
+    """
+    listed = []
+    for name in BACKBONES.names():
+        models: list[str] = getattr(BACKBONES.config_class(name), "models", list)()
+        listed += [f"{name}:{model}" for model in models] or [name]
+    return listed
+
+
+def saved_folder(source: object) -> Path | None:
+    """The folder that a source names, when it is one with a `config.json`."""
+    if isinstance(source, (str, Path)) and (Path(source) / CONFIG_FILE).is_file():
+        return Path(source)
+    return None
+
+
+def save_folder(
+    folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], processor: ImageProcessor
+) -> None:
+    """Write a model folder beside its place and rename it there, so that it is complete or absent."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise WeightsError(f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first")
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / WEIGHTS_FILE, {"format": "pt"})
+        processor.save_pretrained(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def resolve_folder(source: str | Path) -> Path:
+    """A local folder, or the local copy of a hub repository.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:
+        raise ConfigError(f"{str(source)!r} is neither a folder nor a hub id that can be reached: {error}") from error
+
+
+def read_folder(folder: Path, *types: str) -> tuple[TowerConfig, dict[str, Tensor]]:
+    """Config and tensors of a folder of one of the given model types."""
+    return _read_config(folder, *types), read_state_dict(folder / WEIGHTS_FILE)
+
+
+def _read_config(folder: Path, *types: str) -> TowerConfig:
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no {CONFIG_FILE}: it is not a saved tower") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    found = content.get("model_type")
+    if found not in types:
+        hint = f"; for a transformers model use 'transformers:{folder}'" if found else ""
+        raise ConfigError(f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{hint}")
+    return validate(TowerConfig, content["tower"], str(path))
