@@ -18,12 +18,6 @@ from vlm_vision.errors import ConfigError, WeightsError
 QFORMER = {"name": "qformer", "layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 5}
 EVERY: list[Any] = ["linear", "mlp1x_gelu", "mlp2x_gelu", {"name": "mlp", "activation": "silu", "depth": 3}]
 EVERY.append(QFORMER)
-    "linear",
-    "mlp1x_gelu",
-    "mlp2x_gelu",
-    {"name": "mlp", "depth": 3, "activation": "silu"},
-    QFORMER,
-]
 GRID = (3, 4)
 
 
