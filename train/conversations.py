@@ -1,0 +1,508 @@
+"""Conversations about pictures: LLaVA's JSON in, token ids with labels and pixels out.
+
+A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
+{"from": "gpt", "value": "..."}, ...]}`; `image` may be a list, or absent for text alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import copy
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.preprocess import ImageProcessor, open_image
+
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = -200
+"""Stands for one image token in `input_ids`; LLaVA's IMAGE_TOKEN_INDEX, outside every vocabulary."""
+IGNORE_INDEX = -100
+"""Label of a token that the loss leaves out."""
+
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says; `kind` is an answer's optional `type`, by which evaluation splits its figures."""
+
+    role: str
+    text: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation and the pictures that its `<image>` marks stand for, in order."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def parse_record(raw: Any, number: int, file: str | Path) -> Record:
+    """Check one LLaVA record. A leading answer or a closing question, which teach nothing, are left out.
+
+    Raises:
+        DataError: names the file, the record and what is wrong with it.
+    """
+    identity = raw.get("id", number) if isinstance(raw, Mapping) else number
+
+    def wrong(what: str) -> DataError:
+        return DataError(f"{file}: record {str(identity)!r}: {what}")
+
+    if not isinstance(raw, Mapping):
+        raise wrong(f"must be an object with `conversations`, got {type(raw).__name__}")
+    image = raw.get("image")
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(name, str) and name for name in images):
+        raise wrong(f"`image` must be a file name or a list of them, got {image!r:.80}")
+    spoken = raw.get("conversations")
+    if not isinstance(spoken, list):
+        raise wrong("`conversations` must be a list of turns")
+    turns = []
+    for position, turn in enumerate(spoken):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise wrong(f"turn {position} must hold `from` and `value`")
+        if turn.get("from") not in _ROLES:
+            raise wrong(f"turn {position} is from {turn.get('from')!r}, expected one of {', '.join(_ROLES)}")
+        turns.append(Turn(_ROLES[turn["from"]], turn["value"], turn.get("type")))
+    if turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    if turns and turns[-1].role == "user":
+        turns = turns[:-1]
+    talk = [turn.role for turn in turns[turns[0].role == "system" :]] if turns else []
+    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
+        raise wrong(f"turns must alternate between human and gpt, got {', '.join(talk) or 'none'}")
+    if any(IMAGE_TOKEN in turn.text for turn in turns if turn.role == "assistant"):
+        raise wrong(f"{IMAGE_TOKEN} stands in an answer")
+    marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if marks != len(images):
+        raise wrong(f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} picture(s)")
+    return Record(str(identity), tuple(images), tuple(turns))
+
+
+class Conversations(Sequence[Record]):
+    """Records of a JSON list or a JSONL file, all checked once, then read one by one; memory holds offsets.
+
+    Attributes:
+        bad: index of a record that cannot be used, to the reason.
+
+    Raises:
+        DataError: the file is missing, is not JSON or is empty, or more than `max_bad_share` of its records
+            are bad; lists the first ones.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_folder: str | Path | None = None,
+        *,
+        max_bad_share: float = 0.0,
+        follow_links: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.image_folder = None if image_folder is None else Path(image_folder)
+        self.follow_links = follow_links
+        self.bad: dict[int, str] = {}
+        self._starts, self._sizes = array("Q"), array("Q")
+        if not self.path.is_file():
+            raise DataError(f"conversation file {str(path)!r} does not exist")
+        if self.image_folder is not None and not self.image_folder.is_dir():
+            raise DataError(f"image folder {str(image_folder)!r} does not exist")
+        for number, (start, size, raw) in enumerate(_scan(self.path)):
+            self._starts.append(start)
+            self._sizes.append(size)
+            try:
+                record = parse_record(raw, number, self.path)
+                for name in record.images:
+                    if not os.path.exists(self._inside(name, record.id)):
+                        raise DataError(
+                            f"{path}: record {record.id!r}: picture {name!r} is not in {self.image_folder}"
+                        )
+            except DataError as error:
+                self.bad[number] = str(error)
+        if not len(self):
+            raise DataError(f"{path} holds no record")
+        self.max_bad = int(max_bad_share * len(self))
+        if len(self.bad) > self.max_bad:
+            listed = "\n".join(f"  {reason}" for reason in list(self.bad.values())[:5])
+            raise DataError(
+                f"{path}: {len(self.bad)} of {len(self)} records cannot be used, "
+                f"max_bad_share allows {self.max_bad}:\n{listed}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            raw = json.loads(file.read(self._sizes[index]))
+        return parse_record(raw, range(len(self))[index], self.path)
+
+    def pictures(self, record: Record) -> list[Image.Image]:
+        """The record's pictures, opened.
+
+        Raises:
+            DataError: a picture is missing, broken, or lies outside the image folder; names the record.
+        """
+        try:
+            return [open_image(self._resolve(name, record.id)) for name in record.images]
+        except DataError as error:
+            raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
+    def _inside(self, name: str, identity: str) -> str:
+        """The path of a picture, which must not lead out of the folder by its wording."""
+        if self.image_folder is None:
+            raise DataError(f"record {identity!r} names picture {name!r}, but no image_folder is given")
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir or "://" in name:
+            raise DataError(
+                f"{self.path}: record {identity!r}: picture {name!r} lies outside the image folder"
+            )
+        return os.path.join(self.image_folder, name)
+
+    def _resolve(self, name: str, identity: str) -> str:
+        """The path of a picture, which must not lead out of the folder by a link either."""
+        path = self._inside(name, identity)
+        if not self.follow_links:
+            folder = os.path.realpath(str(self.image_folder))
+            if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
+                raise DataError(
+                    f"picture {name!r} is a link that leads out of the image folder; "
+                    "set follow_links: true if you trust it"
+                )
+        return path
+
+
+def _scan(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """(first byte, size in bytes, parsed value) of every record, reading the file once in pieces."""
+    with path.open("rb") as file:
+        is_list = file.read(_CHUNK).lstrip()[:1] == b"["
+    yield from _scan_list(path) if is_list else _scan_lines(path)
+
+
+def _scan_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield start, len(line), json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+            start += len(line)
+
+
+def _scan_list(path: Path) -> Iterator[tuple[int, int, Any]]:
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, at, byte = "", 0, 0  # `text[at:]` is not parsed yet, and begins at `byte` of the file
+    count = 0
+    with path.open("rb") as file:
+        while True:
+            stop = at
+            while stop < len(text) and text[stop] in (" \t\r\n," if count else " \t\r\n,["):
+                stop += 1
+            byte, at = byte + stop - at, stop  # what was passed over is ASCII
+            if text[at : at + 1] == "]":
+                return
+            try:
+                raw, end = decoder.raw_decode(text, at)
+            except ValueError as error:
+                more = file.read(_CHUNK)
+                if not more:
+                    raise DataError(f"{path}: is no JSON list after {count} records: {error}") from None
+                try:
+                    text, at = text[at:] + utf8.decode(more), 0
+                except UnicodeDecodeError as wrong:
+                    raise DataError(f"{path}: is not UTF-8: {wrong}") from None
+                continue
+            size = len(text[at:end].encode())
+            yield byte, size, raw
+            byte, at, count = byte + size, end, count + 1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids with IMAGE_TOKEN_ID for image tokens, labels with IGNORE_INDEX where nothing is learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+
+class ChatFormat:
+    """Turns conversations into tokens by a tokenizer's chat template.
+
+    Args:
+        tokenizer: any fast tokenizer of transformers; it is left as it is.
+        tokens_per_image: image tokens that one `<image>` stands for.
+        chat_template: text of a template to use in place of the tokenizer's own.
+
+    Raises:
+        ConfigError: no chat template, or a tokenizer that cannot tell where in the text its tokens lie.
+    """
+
+    def __init__(self, tokenizer: Any, tokens_per_image: int, chat_template: str | None = None) -> None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"tokenizer {name!r} gives no offsets: a fast tokenizer (tokenizer.json) is needed"
+            )
+        if not (chat_template or tokenizer.chat_template):
+            raise ConfigError(
+                f"tokenizer {name!r} has no chat template: name one by `chat_template`, for example "
+                "configs/chat_templates/vicuna_v1.jinja for a Vicuna"
+            )
+        # The mark becomes a token of a private copy, so that it is cut out cleanly; no vocabulary grows.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        if chat_template:
+            self.tokenizer.chat_template = chat_template
+        self.name = name
+        self.tokens_per_image = tokens_per_image
+        self._mark = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._special = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up short rows; always masked, so any token does where there is no padding token."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the end-of-text token and what the template writes after an answer."""
+        answer = "x"
+        ending = self._render([Turn("user", answer), Turn("assistant", answer)]).rpartition(answer)[2]
+        ids = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
+        turn_end = [token for token in ids if token in self._special][:1] or ids[:1]
+        end_of_text = self.tokenizer.eos_token_id
+        return sorted({*turn_end, *([] if end_of_text is None else [end_of_text])})
+
+    def encode(
+        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
+    ) -> Encoded:
+        """Tokens of a whole conversation; its answers, each with its end-of-turn token, are the labels.
+
+        Rendering up to and through every answer shows where in the text it lies. The text is tokenized only
+        as a whole, and a token is a label when it holds a character of an answer.
+
+        Raises:
+            ConfigError: the template writes a turn differently when more follows.
+            DataError: too long, or no label left.
+        """
+        text = self._render(turns)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        learnt = np.zeros(len(starts), dtype=bool)
+        for first, last in self._answers(turns, text):
+            learnt |= (ends > first) & (starts < last)
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        labels = np.where(learnt, ids, IGNORE_INDEX)
+        ids, labels = self._expand(ids, labels)
+        if len(ids) <= max_length:
+            return self._with_labels(Encoded(ids.tolist(), labels.tolist()))
+        if too_long == "refuse":
+            raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
+        if (ids[max_length:] == IMAGE_TOKEN_ID).any():
+            raise DataError(f"max_length {max_length} would cut off a picture: {len(ids)} tokens")
+        return self._with_labels(
+            Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), truncated=True)
+        )
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Tokens up to where an answer is to begin."""
+        text = self._render(turns, add_generation_prompt=True)
+        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        return list(self._expand(ids, ids)[0].tolist())
+
+    def _answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
+        """First and last character of every answer with its end of turn."""
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = self._render(turns[:index], add_generation_prompt=True)
+            through = text if index + 1 == len(turns) else self._render(turns[: index + 1])
+            if not (through.startswith(before) and text.startswith(through)):
+                raise ConfigError(
+                    f"the chat template of {self.name!r} writes turn {index} differently once more "
+                    "turns follow, so answers cannot be told from questions; name another by `chat_template`"
+                )
+            yield len(before), len(self._without_layout(through))
+
+    def _without_layout(self, text: str) -> str:
+        """The text without white space after a closing special token, which is layout."""
+        stripped = text.rstrip()
+        return stripped if stripped.endswith(tuple(self._special.values())) else text
+
+    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        messages = [{"role": turn.role, "content": _picture_first(turn.text)} for turn in turns]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {self.name!r} refuses a conversation: {error}"
+            ) from error
+        return str(text)
+
+    def _expand(self, ids: Any, labels: Any) -> tuple[Any, Any]:
+        """Every mark becomes `tokens_per_image` image tokens."""
+        marks = ids == self._mark
+        repeats = np.where(marks, self.tokens_per_image, 1)
+        ids, labels = np.where(marks, IMAGE_TOKEN_ID, ids), np.where(marks, IGNORE_INDEX, labels)
+        return np.repeat(ids, repeats), np.repeat(labels, repeats)
+
+    @staticmethod
+    def _with_labels(encoded: Encoded) -> Encoded:
+        if all(label == IGNORE_INDEX for label in encoded.labels[1:]):  # the first token is never predicted
+            raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
+        return encoded
+
+
+def read_template(path: str | Path) -> str:
+    """Text of a chat template.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"chat_template {str(path)!r} cannot be read: {error}") from error
+
+
+def _picture_first(text: str) -> str:
+    """A turn's only picture goes before its words, as LLaVA trains (`train.py`, `preprocess_multimodal`)."""
+    if text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation ready for the model.
+
+    Attributes:
+        input_ids, labels: [T].
+        pixels: [pictures, 3, H, W], or None for text alone.
+        replaced: (record index, reason) of bad records that this one stands in for.
+        truncated: whether its text was cut at max_length.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    pixels: Tensor | None
+    replaced: tuple[tuple[int, str], ...] = ()
+    truncated: bool = False
+
+
+class ConversationDataset(Dataset[Sample]):
+    """Samples of a conversation file. A bad record is replaced by the next good one, the same at every visit.
+
+    Raises (on access):
+        DataError: more bad records than the conversations allow.
+    """
+
+    def __init__(
+        self,
+        conversations: Conversations,
+        chat: ChatFormat,
+        image_processor: ImageProcessor,
+        *,
+        max_length: int,
+        too_long: Literal["truncate", "refuse"] = "truncate",
+    ) -> None:
+        self.conversations, self.chat, self.image_processor = conversations, chat, image_processor
+        self.max_length, self.too_long = max_length, too_long
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
+        """Samples of (epoch, index) keys; a conversation is the same in every epoch."""
+        return [self[index] for _, index in keys]
+
+    def __getitem__(self, index: int) -> Sample:
+        replaced: list[tuple[int, str]] = []
+        while True:
+            candidate = (index + len(replaced)) % len(self)
+            reason = self.conversations.bad.get(candidate)
+            if reason is None:
+                try:
+                    return self._sample(self.conversations[candidate], tuple(replaced))
+                except DataError as error:
+                    reason = str(error)
+            replaced.append((candidate, reason))
+            if len(replaced) > self.conversations.max_bad:
+                raise DataError(f"{reason}\nmax_bad_share sets how many bad records may be replaced")
+
+    def _sample(self, record: Record, replaced: tuple[tuple[int, str], ...]) -> Sample:
+        try:
+            encoded = self.chat.encode(record.turns, self.max_length, self.too_long)
+        except DataError as error:
+            raise DataError(f"{self.conversations.path}: record {record.id!r}: {error}") from error
+        pictures = self.conversations.pictures(record)
+        return Sample(
+            torch.tensor(encoded.input_ids),
+            torch.tensor(encoded.labels),
+            self.image_processor(pictures) if pictures else None,
+            replaced,
+            encoded.truncated,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to the longest.
+
+    Attributes:
+        input_ids, attention_mask, labels: [B,T].
+        pixels: [P,3,H,W], pictures of all samples in order, or None.
+        replaced, truncated: what happened to its samples.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    pixels: Tensor | None
+    replaced: tuple[tuple[int, str], ...]
+    truncated: int
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that the loss is taken over; the first of a row is never predicted."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Pad and stack samples."""
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    pictures = [sample.pixels for sample in samples if sample.pixels is not None]
+    input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+        pixels=torch.cat(pictures) if pictures else None,
+        replaced=tuple(entry for sample in samples for entry in sample.replaced),
+        truncated=sum(sample.truncated for sample in samples),
+    )

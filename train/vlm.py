@@ -1,0 +1,357 @@
+"""The vision-language model: tower, projector and any causal language model of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from vlm_vision.adapters.build import load_projector, save_projector
+from vlm_vision.adapters.config import Grid
+from vlm_vision.adapters.projector import Projector
+from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.tower import VisionTower, resolve_folder
+from vlm_vision.train.conversations import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    ChatFormat,
+    Turn,
+)
+
+MODEL_TYPE = "vlm_vision_language_model"
+Part = Literal["tower", "projector", "llm"]
+PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
+
+
+@dataclass
+class VlmOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean cross entropy of the label tokens, fp32; None without labels.
+        logits: [B,T,V] without labels; [K,V] with them, of the K positions that predict a label.
+    """
+
+    loss: Float[Tensor, ""] | None
+    logits: Tensor
+
+
+class VisionLanguageModel(nn.Module):
+    """Pictures and text in, text out. A picture's tokens take the places of IMAGE_TOKEN_ID in `input_ids`.
+
+    Attributes:
+        vision_tower, projector, llm: the three parts; parameter names begin with these.
+        tokenizer: the language model's, with the chat template that conversations are written by.
+
+    Raises:
+        ConfigError: widths that do not fit, or a tokenizer without chat template.
+    """
+
+    llm: Any
+
+    def __init__(
+        self, vision_tower: VisionTower, projector: Projector, llm: nn.Module, tokenizer: Any
+    ) -> None:
+        super().__init__()
+        self.vision_tower, self.projector, self.llm = vision_tower, projector, llm
+        self.tokenizer = tokenizer
+        width = embedding_width(llm)
+        if (projector.in_features, projector.out_features) != (vision_tower.hidden_size, width):
+            raise ConfigError(
+                f"projector maps {projector.in_features} to {projector.out_features} channels, but the tower "
+                f"gives {vision_tower.hidden_size} and the language model takes {width}"
+            )
+        self.chat = ChatFormat(tokenizer, self.tokens_per_image)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that one picture takes in the language model."""
+        return self.projector.tokens_out(token_grid(self.vision_tower))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"] | None = None,
+        pixels: Float[Tensor, "p 3 h w"] | None = None,
+        label_count: float | None = None,
+    ) -> VlmOutput:
+        """Next-token logits, and their loss where labels are given.
+
+        Args:
+            labels: IGNORE_INDEX where nothing is learnt; shifted here, as transformers does.
+            pixels: the pictures of all rows in order.
+            label_count: what the summed loss is divided by; by default the labels here. A batch that is split
+                over ranks and accumulation steps has one mean only with one count for all its pieces.
+
+        Raises:
+            DataError: image tokens and pictures do not match.
+        """
+        inputs = {
+            "inputs_embeds": self.embed(input_ids, pixels),
+            "attention_mask": attention_mask,
+            "use_cache": False,
+        }
+        if labels is None:
+            return VlmOutput(None, self.llm(**inputs).logits)
+        targets = labels[:, 1:]
+        learnt = targets != IGNORE_INDEX
+        logits = self.llm(**inputs, logits_to_keep=F.pad(learnt, (0, 1))).logits
+        total = F.cross_entropy(logits.float(), targets[learnt], reduction="sum")
+        return VlmOutput(total / (len(logits) if label_count is None else label_count), logits)
+
+    def embed(self, input_ids: Int[Tensor, "b t"], pixels: Tensor | None) -> Float[Tensor, "b t l"]:
+        """Embeddings of text, with the tokens of pictures spliced in.
+
+        While training, text alone runs a blank picture whose tokens count zero times: every rank then calls
+        the same modules in the same order, without which ZeRO's collectives would not pair up.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID
+        text = input_ids.masked_fill(is_image, 0)
+        embeddings: Tensor = self.llm.get_input_embeddings()(text)
+        slots, pictures = int(is_image.sum()), 0 if pixels is None else len(pixels)
+        if slots != pictures * self.tokens_per_image:
+            raise DataError(
+                f"{slots} image tokens in the text, but {pictures} pictures of {self.tokens_per_image} tokens"
+            )
+        if pixels is not None and pictures:
+            tokens = self.image_tokens(pixels).to(embeddings.dtype)
+            return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens)
+        if not self.training:
+            return embeddings
+        side = self.vision_tower.image_size
+        blank = self.image_tokens(embeddings.new_zeros(1, 3, side, side))
+        return embeddings + 0 * blank.sum().to(embeddings.dtype)
+
+    def image_tokens(self, pixels: Float[Tensor, "p 3 h w"]) -> Float[Tensor, "p m l"]:
+        """Tower and projector; a tower in which nothing learns builds no graph."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision_tower)):
+            patches = self.vision_tower(pixels)
+        tokens: Tensor = self.projector(patches.to(next(self.projector.parameters()).dtype))
+        return tokens
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """As in torch, but a tower or projector in which nothing learns stays in eval mode."""
+        super().train(mode)
+        for part in (self.vision_tower, self.projector):
+            if not _learns(part):
+                part.eval()
+        return self
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixels: Float[Tensor, "p 3 h w"] | None,
+        prompts: Sequence[str | Sequence[Turn]],
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> list[str]:
+        """Answer every prompt, in one batch with a key-value cache; greedy unless `options` say otherwise.
+
+        Args:
+            pixels: the pictures of all prompts in order.
+            prompts: a conversation up to a question, or a question as text. With as many pictures as prompts,
+                text without `<image>` is asked about its picture.
+            options: for transformers' `generate`, such as `do_sample=True, temperature=0.7`.
+
+        Raises:
+            DataError: pictures and `<image>` marks do not match.
+        """
+        if not prompts:
+            return []
+        paired = pixels is not None and len(pixels) == len(prompts)
+        rows = [self.chat.prompt(_as_turns(prompt, paired)) for prompt in prompts]
+        longest = max(map(len, rows))
+        pad = self.chat.pad_id
+        device = next(self.llm.parameters()).device
+        input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        was_training = self.training
+        self.eval()
+        try:
+            generated = self.llm.generate(
+                inputs_embeds=self.embed(input_ids, None if pixels is None else pixels.to(device)),
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=self.chat.stop_ids,
+                use_cache=True,
+                **{"do_sample": False, **options},
+            )
+        finally:
+            self.train(was_training)
+        answers = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        parts: Collection[Part] = PARTS,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write `config.json` and a folder for each part, complete or not at all.
+
+        Args:
+            parts: which parts; a folder of some of them is what a training stage leaves for the next.
+            state_dict: whole tensors of projector and language model, in place of sharded ones.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            partial.chmod(0o755)
+            config = {"model_type": MODEL_TYPE, "parts": [part for part in PARTS if part in parts]}
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if "tower" in parts:
+                self.vision_tower.save_pretrained(partial / "tower")
+            if "projector" in parts:
+                save_projector(
+                    self.projector, partial / "projector", state_dict=_below("projector.", state_dict)
+                )
+            if "llm" in parts:
+                self.llm.save_pretrained(partial / "llm", state_dict=_below("llm.", state_dict))
+                self.tokenizer.save_pretrained(partial / "llm")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
+        """Load a folder or hub id that `save_pretrained` wrote, in eval mode.
+
+        Args:
+            dtype: of all parts; by default each as it was saved.
+
+        Raises:
+            ConfigError: no such model, or a part is absent.
+            WeightsError: weights that do not fit.
+        """
+        folder = resolve_folder(source)
+        _check_model_folder(folder)
+        tower = VisionTower.from_pretrained(folder / "tower")
+        model = cls(
+            tower if dtype is None else tower.to(dtype),
+            load_projector(folder / "projector", dtype=dtype),
+            load_llm(folder / "llm", dtype=dtype),
+            load_tokenizer(folder / "llm"),
+        )
+        return model.eval()
+
+
+def token_grid(tower: VisionTower) -> Grid:
+    """The grid that a projector sees: the tower's, or one row where a class token makes it no grid."""
+    return tower.grid if tower.num_tokens == tower.num_patches else (1, tower.num_tokens)
+
+
+def embedding_width(llm: nn.Module) -> int:
+    """Channels of a token in a language model; known under ZeRO-3 as well."""
+    embeddings: Any = llm.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.embedding_dim)
+
+
+def load_llm(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Literal["pretrained", "none"] = "pretrained",
+) -> nn.Module:
+    """A causal language model of transformers, from a folder or hub id.
+
+    Args:
+        weights: `none` builds it from its config with random weights.
+
+    Raises:
+        ConfigError: it cannot be found or is no causal language model.
+        WeightsError: tensors are missing, unexpected or misshapen.
+    """
+    try:
+        if weights == "none":
+            config = AutoConfig.from_pretrained(source)
+            llm: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+            return llm
+        llm, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
+    # Old checkpoints store the rotary frequencies, which are computed today.
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
+    problems = {
+        "missing": info["missing_keys"],
+        "unexpected": unexpected,
+        "misshapen": info["mismatched_keys"],
+    }
+    found = [f"{kind} {', '.join(sorted(map(str, keys))[:5])}" for kind, keys in problems.items() if keys]
+    if found:
+        raise WeightsError(f"language model {str(source)!r}: {'; '.join(found)}")
+    _make_saveable(llm)
+    return llm
+
+
+def load_tokenizer(source: str | Path, chat_template: str | None = None) -> Any:
+    """A tokenizer of transformers, with `chat_template` (text) in place of its own where given.
+
+    Raises:
+        ConfigError: it cannot be found.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer of {str(source)!r} cannot be loaded: {error}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _make_saveable(llm: Any) -> None:
+    """A generation config that transformers loads but will not save (Vicuna's) would lose a finished run."""
+    try:
+        llm.generation_config.validate(strict=True)
+    except ValueError:
+        llm.generation_config = GenerationConfig.from_model_config(llm.config)
+
+
+def _as_turns(prompt: str | Sequence[Turn], has_picture: bool) -> Sequence[Turn]:
+    if not isinstance(prompt, str):
+        return prompt
+    mark = f"{IMAGE_TOKEN}\n" if has_picture and IMAGE_TOKEN not in prompt else ""
+    return [Turn("user", mark + prompt)]
+
+
+def _below(prefix: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if state_dict is None:
+        return None
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_model_folder(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is no saved vision-language model: {error}") from error
+    if config.get("model_type") != MODEL_TYPE:
+        raise ConfigError(f"{folder}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    absent = [part for part in PARTS if part not in config["parts"]]
+    if absent:
+        raise ConfigError(
+            f"{folder} holds only {', '.join(config['parts'])}: {', '.join(absent)} is not in it"
+        )
