@@ -48,7 +48,7 @@ __all__ = [  # noqa: RUF022 - the order in which a newcomer meets them
 
 if find_spec("vlm_vision.adapters") is None:
     raise ImportError(
-        "vlm_vision was imported from its source folder, where `adapters` and `train` are not yet part of it. "
+        "vlm_vision was imported from its source folder, where `adapters` and `train` are no part of it yet. "
         "Run `pip install -e .` there, or start Python in another folder to use the installed package"
     )
 

@@ -40,7 +40,7 @@ class BackboneInfo:
 class Backbone(nn.Module, ABC):
     """Base class of backbones; a plug-in subclasses it, and `tower_config.BackboneConfig`.
 
-    Layers are counted from 1: layer k is the k-th block or stage. `vlm_vision.testing.check_tower` tests all of it.
+    Layers are counted from 1: layer k is the k-th block or stage. `vlm_vision.testing.check_tower` tests it.
     """
 
     info: BackboneInfo
@@ -49,7 +49,7 @@ class Backbone(nn.Module, ABC):
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        """Raw output of the given layers (ascending, 1-based), prefix tokens first; nothing past the last runs."""
+        """Raw output of the given layers (ascending, from 1), prefix tokens first; none past the last."""
 
     @abstractmethod
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:

@@ -6,7 +6,8 @@ A config class never imports torch, so that a config can be checked and planned 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -35,7 +36,7 @@ def load_config(
             lists every wrong value with its path and the nearest valid name.
     """
     if isinstance(source, Mapping):
-        tree, origin = dict(source), config_class.__name__
+        tree, origin = deepcopy(dict(source)), config_class.__name__
     else:
         tree, origin = _read_yaml(Path(source)), str(source)
     for override in overrides:
@@ -48,13 +49,15 @@ def validate(config_class: type[C], tree: Mapping[str, Any], origin: str) -> C:
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(config_class, tree, details) for details in error.errors()]
+        lines = [_explain(config_class, tree, *wrong) for wrong in _by_value(tree, error.errors())]
         raise ConfigError(f"{origin}: {len(lines)} wrong value(s)\n" + "\n".join(lines)) from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write a config as YAML that `load_config` reads back to an equal config."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8")
+    Path(path).write_text(
+        OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))), encoding="utf-8"
+    )
 
 
 def expand_shorthand(text: str) -> dict[str, Any]:
@@ -106,13 +109,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         elif isinstance(child, str):
             child = expand_shorthand(child)
         elif not isinstance(child, (dict, list)):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a single value, not a node")
-        _assign(node, key, child)
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is a single value, not a node"
+            )
+        _assign(node, key, child, override)
         node = child
     last = keys[-1]
     if last == "name" and isinstance(node, dict) and node.get("name") != value:
         node.clear()  # fields of the old variant mean nothing to the new one
-    _assign(node, last, value)
+    _assign(node, last, value, override)
 
 
 def _parse(text: str) -> Any:
@@ -121,25 +126,55 @@ def _parse(text: str) -> Any:
 
 def _child(node: Any, key: str, override: str) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ConfigError(f"override {override!r}: {key!r} must be an index below {len(node)}")
-        return node[int(key)]
+        return node[_index(node, key, override)]
     return node.get(key)
 
 
-def _assign(node: Any, key: str, value: Any) -> None:
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise ConfigError(f"override {override!r}: {key!r} must be an index below {len(node)}")
+    return int(key)
+
+
+def _assign(node: Any, key: str, value: Any, override: str) -> None:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ConfigError(f"{key!r} must be an index below {len(node)}")
-        node[int(key)] = value
+        node[_index(node, key, override)] = value
     else:
         node[key] = value
 
 
-def _explain(config_class: type[Config], tree: Any, details: Any) -> str:
-    """One validation error as one line: path, problem, value given, nearest valid name."""
+def _by_value(tree: Any, errors: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    """Errors grouped by the value they are about, with its path: a union reports one for each of its arms.
+
+    Where one arm got further into the value than the others, only its errors are kept.
+    """
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for details in errors:
+        place, node = details["loc"], tree
+        for depth, part in enumerate(details["loc"]):
+            is_key = (
+                part in node
+                if isinstance(node, Mapping)
+                else isinstance(node, (list, tuple)) and isinstance(part, int)
+            )
+            if not is_key and details["type"] != "missing":  # the label of an arm
+                place = details["loc"][:depth]
+                break
+            node = _descend(node, part)
+        groups.setdefault(place, []).append(details)
+    found = []
+    for place, group in groups.items():
+        deepest = max(len(details["loc"]) for details in group)
+        inside = next(details["loc"] for details in group if len(details["loc"]) == deepest)[len(place) + 1 :]
+        path = ".".join(str(part) for part in (*place, *inside)) or "(root)"
+        found.append((path, [details for details in group if len(details["loc"]) == deepest]))
+    return found
+
+
+def _explain(config_class: type[Config], tree: Any, path: str, group: Sequence[Any]) -> str:
+    """What is wrong with one value as one line: path, problem, value given, nearest valid name."""
+    details = group[0]
     loc = details["loc"]
-    path = ".".join(str(part) for part in loc) or "(root)"
     if details["type"] == "extra_forbidden":
         owner = _owner(config_class, tree, loc[:-1])
         known = list(owner.model_fields) if owner else []
@@ -149,9 +184,13 @@ def _explain(config_class: type[Config], tree: Any, details: Any) -> str:
         return f"  {path}: missing"
     hint = ""
     if details["type"] in ("literal_error", "enum") and isinstance(details["input"], str):
-        hint = nearest(details["input"], str(details["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
-    message = str(details["msg"]).removeprefix("Value error, ")
-    return f"  {path}: {message[:1].lower() + message[1:]} (got {details['input']!r:.120}){hint}"
+        hint = nearest(
+            details["input"],
+            str(details["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", "),
+        )
+    messages = [str(arm["msg"]).removeprefix("Value error, ") for arm in group]
+    problem = ", or ".join(message[:1].lower() + message[1:] for message in messages)
+    return f"  {path}: {problem} (got {details['input']!r:.120}){hint}"
 
 
 def _owner(config_class: type[Config], tree: Any, loc: Iterable[Any]) -> type[Config] | None:
@@ -165,7 +204,7 @@ def _owner(config_class: type[Config], tree: Any, loc: Iterable[Any]) -> type[Co
             field = owner.model_fields.get(str(part))
             if field is None:
                 return None
-            owner = _node_class(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation, tree)  # type: ignore[valid-type]
+            owner = _node_class(field.annotation, tree, field.metadata)
         else:
             owner = _node_class(owner, tree)
     owner = _node_class(owner, tree)
@@ -180,14 +219,14 @@ def _descend(tree: Any, part: Any) -> Any:
     return None
 
 
-def _node_class(annotation: Any, tree: Any) -> Any:
-    """The Config class behind an annotation: a variant by its name, the item of a list, one arm of a union."""
+def _node_class(annotation: Any, tree: Any, metadata: Iterable[Any] = ()) -> Any:
+    """The Config class behind an annotation: a variant by its name, a list's item, one arm of a union."""
+    for marker in metadata:
+        if hasattr(marker, "class_of"):
+            return marker.class_of(tree)
     if get_origin(annotation) is Annotated:
-        inner, *metadata = get_args(annotation)
-        for marker in metadata:
-            if hasattr(marker, "class_of"):
-                return marker.class_of(tree)
-        return _node_class(inner, tree)
+        inner, *inner_metadata = get_args(annotation)
+        return _node_class(inner, tree, inner_metadata)
     if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
         for arm in reversed(get_args(annotation)):
             found = _node_class(arm, tree)

@@ -42,7 +42,7 @@ class DualEncoder(nn.Module):
         if not tower.config.pooled_head:
             raise ConfigError("a dual encoder needs a tower with pooled_head=True")
         self.tower = tower
-        self.text = text.encoder
+        self.text = text.encoder.to(tower.dtype)
         self.tokenizer: Tokenizer = text.tokenizer
         self.logit_scale = nn.Parameter(torch.tensor(text.logit_scale))
 
@@ -76,7 +76,7 @@ class DualEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> DualEncoder:
-        """Load a folder or hub id that `save_pretrained` wrote.
+        """Load a folder or hub id that `save_pretrained` wrote, in evaluation mode.
 
         Raises:
             ConfigError: no such folder, or not a dual encoder.
@@ -84,17 +84,21 @@ class DualEncoder(nn.Module):
         """
         folder = resolve_folder(source)
         config, state = read_folder(folder, DUAL_ENCODER_TYPE)
-        backbone, text = config.backbone.build(load_weights=False), config.backbone.build_text(load_weights=False)
+        backbone, text = (
+            config.backbone.build(load_weights=False),
+            config.backbone.build_text(load_weights=False),
+        )
         model = cls(VisionTower(config, backbone), text)
         load_strict(model, state, str(folder))
-        return model
+        return model.eval()
 
 
 def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) -> DualEncoder:
-    """Load a dual encoder from any source that `load_tower` takes.
+    """Load a dual encoder, in evaluation mode, from any source that `load_tower` takes.
 
     Args:
-        source: `open_clip:model@weights`, a YAML file, a folder written by `DualEncoder.save_pretrained`, a mapping.
+        source: `open_clip:model@weights`, a YAML file, a folder that `DualEncoder.save_pretrained` wrote,
+            or a mapping.
         overrides: fields of `TowerConfig`.
 
     Raises:
@@ -108,4 +112,4 @@ def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) 
         raise ConfigError(f"{folder}: a saved dual encoder takes no overrides, got {', '.join(overrides)}")
     config = tower_config(source, **{**overrides, "pooled_head": True})
     text = config.backbone.build_text()
-    return DualEncoder(VisionTower(config, config.backbone.build()), text)
+    return DualEncoder(VisionTower(config, config.backbone.build()), text).eval()

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 class VlmVisionError(Exception):
-    """Base of every error caused by input rather than by a defect; the command line prints it without traceback."""
+    """Base of every error that input causes, not a defect; the command line prints it without traceback."""
 
 
 class ConfigError(VlmVisionError):
@@ -16,7 +16,7 @@ class ConfigError(VlmVisionError):
 
 
 class WeightsError(VlmVisionError):
-    """Weights do not fit the model: missing, unexpected or misshapen tensors, a wrong activation, an unsafe file."""
+    """Weights do not fit the model: missing, unexpected, misshapen; a wrong activation; an unsafe file."""
 
 
 class DataError(VlmVisionError):

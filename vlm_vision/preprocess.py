@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vlm_vision.config import validate
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.tower_config import PreprocessConfig
 
@@ -38,7 +39,8 @@ def open_image(source: Picture | bytes | IO[bytes]) -> Image.Image:
     animation is taken. Size limits are checked from the header, before anything is decoded.
 
     Raises:
-        DataError: no such file, not a picture, truncated, or beyond the limits on pixels and aspect ratio.
+        DataError: no such file, not a picture, truncated, of floats (their scale is not known), or beyond the
+            limits on pixels and aspect ratio.
     """
     name = source if isinstance(source, (str, Path)) else getattr(source, "filename", None) or "picture"
     try:
@@ -50,29 +52,40 @@ def open_image(source: Picture | bytes | IO[bytes]) -> Image.Image:
             image = Image.open(source)
         _check_size(image, name)
         image.load()
+        image = ImageOps.exif_transpose(image)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"picture {str(name)!r} does not exist") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: is not a picture that can be read") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # each of Pillow's decoders has its own family of errors
         raise DataError(f"{name}: the picture cannot be decoded: {error}") from error
-    return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(image, name)
 
 
 def _check_size(image: Image.Image, name: object) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width}x{height} is over the limit of {MAX_PIXELS:,} pixels; scale it down first")
+        raise DataError(
+            f"{name}: {width}x{height} is over the limit of {MAX_PIXELS:,} pixels; scale it down first"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise DataError(f"{name}: {width}x{height} is over the aspect limit of {MAX_ASPECT}:1; crop it first")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":  # convert("RGB") would clip every grey above 255 to white
+def _to_rgb(image: Image.Image, name: object) -> Image.Image:
+    if image.mode == "F":
+        raise DataError(
+            f"{name}: holds floats, whose scale is not known; save it with 8 or 16 bits per channel"
+        )
+    if (
+        image.mode.startswith("I;16") or image.mode == "I"
+    ):  # convert("RGB") would clip every grey above 255 to white
         grey = np.asarray(image, dtype=np.float64) / 257
         return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -88,16 +101,19 @@ class ImageProcessor:
 
     def __init__(self, config: PreprocessConfig) -> None:
         self.config = config
-        self._mean = torch.tensor(config.mean)[:, None, None]
-        self._std = torch.tensor(config.std)[:, None, None]
+        # Named device, for towers that are built on the meta device: their processors work.
+        self._mean = torch.tensor(config.mean, device="cpu")[:, None, None]
+        self._std = torch.tensor(config.std, device="cpu")[:, None, None]
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "b 3 h w"]:
         """Open, resize, crop and normalise one picture or a list of them.
 
         Raises:
-            DataError: a picture cannot be read.
+            DataError: a picture cannot be read, or there is none.
         """
-        several = images if isinstance(images, (list, tuple)) else [images]
+        several = [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
+        if not several:
+            raise DataError("no picture was given")
         return self.normalise(torch.stack([self.to_square(open_image(image)) for image in several]))
 
     def to_square(self, image: Image.Image) -> UInt8[Tensor, "h w 3"]:
@@ -126,17 +142,20 @@ class ImageProcessor:
 
     def normalise(self, squares: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
         """Bytes to channels-first floats with the weights' mean and spread."""
-        pixels = rearrange(squares, "b h w c -> b c h w").to(torch.float32).div_(255)
+        pixels: Tensor = rearrange(squares, "b h w c -> b c h w").to(torch.float32).div_(255)
         return pixels.sub_(self._mean).div_(self._std)
 
     def denormalise(self, pixels: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b h w 3"]:
         """Back to bytes, to show a picture as the backbone sees it."""
-        squares = (pixels.float().cpu() * self._std + self._mean).mul(255).round().clamp(0, 255)
-        return rearrange(squares.to(torch.uint8), "b c h w -> b h w c")
+        scaled = (pixels.float().cpu() * self._std + self._mean).mul(255).round().clamp(0, 255)
+        squares: Tensor = rearrange(scaled.to(torch.uint8), "b c h w -> b h w c")
+        return squares
 
     def _centre_crop(self, image: Image.Image) -> Image.Image:
         side = self.config.image_size
-        if image.width < side or image.height < side:  # resize_to below image_size: transformers pads with black
+        if (
+            image.width < side or image.height < side
+        ):  # resize_to below image_size: transformers pads with black
             padded = Image.new("RGB", (max(side, image.width), max(side, image.height)))
             padded.paste(image, ((padded.width - image.width) // 2, (padded.height - image.height) // 2))
             image = padded
@@ -154,7 +173,9 @@ class ImageProcessor:
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": config.resize_to or side} if shortest else {"height": side, "width": side},
+            "size": {"shortest_edge": config.resize_to or side}
+            if shortest
+            else {"height": side, "width": side},
             "resample": int(_RESAMPLING[config.interpolation]),
             "do_center_crop": shortest,
             "crop_size": {"height": side, "width": side},
@@ -192,28 +213,47 @@ def read_preprocess(path: Path) -> PreprocessConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} does not exist: without it the right preprocessing of these weights is unknown") from None
+        raise DataError(
+            f"{path} does not exist: without it the right preprocessing of these weights is unknown"
+        ) from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
-    if "vlm_vision" in content:
-        return PreprocessConfig.model_validate(content["vlm_vision"])
+    if isinstance(content, dict) and "vlm_vision" in content:
+        return validate(PreprocessConfig, content["vlm_vision"], str(path))
     return _from_transformers(content, path)
 
 
-def _from_transformers(content: dict[str, Any], path: Path) -> PreprocessConfig:
-    size, crop = content.get("size"), content.get("crop_size")
-    shortest = size if isinstance(size, int) else (size or {}).get("shortest_edge")
-    if content.get("do_resize", True) is False or (shortest is None and "height" not in (size or {})):
-        raise ConfigError(f"{path}: `size` must give shortest_edge, or height and width, but is {size!r}; set `preprocess` by hand")
-    cropped = content.get("do_center_crop", crop is not None)
-    square = (crop if isinstance(crop, int) else (crop or {}).get("height")) if cropped else None
-    names = {int(resampling): name for name, resampling in _RESAMPLING.items()}
-    common: dict[str, Any] = {
-        "interpolation": names[int(content.get("resample", Image.Resampling.BICUBIC))],
-        "mean": tuple(content["image_mean"]),
-        "std": tuple(content["image_std"]),
-        "crop_rounding": "down",
-    }
-    if shortest is not None:
-        return PreprocessConfig(image_size=square or shortest, resize="shortest", resize_to=shortest, **common)
-    return PreprocessConfig(image_size=size["height"], resize="squash", **common)
+def _from_transformers(content: Any, path: Path) -> PreprocessConfig:
+    try:
+        skipped = [step for step in ("do_resize", "do_rescale", "do_normalize") if content.get(step) is False]
+        if skipped:
+            raise ValueError(f"{skipped[0]} is false")
+        size = content["size"]
+        shortest = size if isinstance(size, int) else size.get("shortest_edge")
+        cropped = content.get("do_center_crop", shortest is not None)
+        if shortest is not None and not cropped:
+            raise ValueError("shortest_edge without do_center_crop does not give one size")
+        names = {int(resampling): name for name, resampling in _RESAMPLING.items()}
+        settings = {
+            "image_size": _square(content["crop_size"] if cropped else size),
+            "resize": "squash" if shortest is None else "shortest",
+            "resize_to": shortest or (_square(size) if cropped else None),
+            "interpolation": names[int(content.get("resample", Image.Resampling.BICUBIC))],
+            "mean": content["image_mean"],
+            "std": content["image_std"],
+            "crop_rounding": "down",
+        }
+        if cropped and shortest is None and settings["resize_to"] != settings["image_size"]:
+            raise ValueError("a crop after height and width is not known here")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: is not understood ({error!r}); set `backbone.preprocess` by hand"
+        ) from error
+    return validate(PreprocessConfig, settings, str(path))
+
+
+def _square(size: Any) -> int:
+    side = size if isinstance(size, int) else size["height"]
+    if not isinstance(size, int) and size["width"] != side:
+        raise ValueError(f"{size} is not square")
+    return int(side)

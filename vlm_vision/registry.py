@@ -1,4 +1,4 @@
-"""Names to config classes: a visible table for ours, entry points for others'. Both are found the same way."""
+"""Names to config classes: a visible table for ours, entry points for others', found the same way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Registry:
 
     Attributes:
         kind: what the variants are, in error texts ("backbone").
-        group: entry-point group through which other packages add theirs; each entry point loads a config class.
+        group: entry points through which other packages add theirs; each loads a config class.
         builtin: our names, as `module:Class`, imported only when asked for.
     """
 
@@ -50,12 +50,17 @@ class Registry:
             try:
                 loaded = target.load()
             except Exception as error:
-                raise ConfigError(f"{self.kind} {name!r}: its plug-in {target.value!r} cannot be imported: {error}") from error
+                raise ConfigError(
+                    f"{self.kind} {name!r}: its plug-in {target.value!r} cannot be imported: {error}"
+                ) from error
         else:
             module, _, attribute = target.partition(":")
             loaded = getattr(import_module(module), attribute)
         if not (isinstance(loaded, type) and issubclass(loaded, Config)):
-            raise ConfigError(f"{self.kind} {name!r}: entry point must name a subclass of vlm_vision.config.Config, got {loaded!r}")
+            raise ConfigError(
+                f"{self.kind} {name!r}: its entry point must name a subclass of vlm_vision.config.Config, "
+                f"got {loaded!r}"
+            )
         return loaded
 
     def _targets(self) -> Mapping[str, str | EntryPoint]:
@@ -65,12 +70,13 @@ class Registry:
 @cache
 def _collect(registry: Registry) -> dict[str, str | EntryPoint]:
     targets: dict[str, str | EntryPoint] = dict(registry.builtin)
-    owners = {name: "vlm_vision" for name in targets}
+    owners = dict.fromkeys(targets, "vlm_vision")
     for entry in sorted(entry_points(group=registry.group), key=lambda entry: entry.name):
         owner = entry.dist.name if entry.dist else entry.value
         if entry.name in targets and owners[entry.name] != owner:
             raise ConfigError(
-                f"{registry.kind} {entry.name!r} is offered by both {owners[entry.name]!r} and {owner!r}: uninstall one"
+                f"{registry.kind} {entry.name!r} is offered by both {owners[entry.name]!r} and {owner!r}: "
+                "uninstall one"
             )
         targets[entry.name], owners[entry.name] = entry, owner
     return targets
@@ -78,7 +84,9 @@ def _collect(registry: Registry) -> dict[str, str | EntryPoint]:
 
 @dataclass(frozen=True)
 class Variant:
-    """Marks a config field whose class depends on its `name`: `Annotated[BackboneConfig, Variant(BACKBONES)]`.
+    """Marks a config field whose class depends on its `name`.
+
+    Used as `Annotated[BackboneConfig, Variant(BACKBONES)]`.
 
     A string is the one-line form of the node, `name:model[@weights]`.
     """
@@ -100,7 +108,7 @@ class Variant:
         if not isinstance(node, Mapping) or not isinstance(node.get("name"), str):
             raise PydanticCustomError(
                 "variant",
-                "must name a {kind}: a mapping with `name`, or one string `name:model[@weights]` (known: {known})",
+                "must name a {kind}: a mapping with `name`, or `name:model[@weights]` (known: {known})",
                 {"kind": self.registry.kind, "known": ", ".join(self.registry.names())},
             )
         try:

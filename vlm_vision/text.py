@@ -33,7 +33,8 @@ class Tokenizer:
         if text_cfg.get("vocab_size", 49408) < self._encode.vocab_size:
             raise ConfigError(
                 f"text_cfg.vocab_size is {text_cfg['vocab_size']}, but CLIP's tokenizer gives ids up to "
-                f"{self._encode.vocab_size - 1}: set it to {self._encode.vocab_size}, or name an hf_tokenizer_name"
+                f"{self._encode.vocab_size - 1}: set it to {self._encode.vocab_size}, or name another "
+                "hf_tokenizer_name"
             )
 
     def __call__(self, texts: str | Sequence[str]) -> Int[Tensor, "b t"]:
@@ -43,13 +44,11 @@ class Tokenizer:
 
     def is_truncated(self, text: str) -> bool:
         """Whether a caption is longer than the context and loses its end."""
-        ids = self([text])[0]
-        return bool(ids[-1] != 0) and len(self._longer(text)) > self.context_length
-
-    def _longer(self, text: str) -> list[int]:
         if hasattr(self._encode, "encode"):
-            return [0, *self._encode.encode(text), 0]  # start and end tokens count
-        return list(self._encode.tokenizer(text)["input_ids"])
+            length = len(self._encode.encode(text)) + 2  # its start and end tokens
+        else:
+            length = len(self._encode.tokenizer(self._encode.clean_fn(text))["input_ids"])
+        return length > self.context_length
 
 
 @dataclass

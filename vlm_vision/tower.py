@@ -48,17 +48,21 @@ class VisionTower(nn.Module):
         """Take a backbone as the config wants it.
 
         Raises:
-            ConfigError: a layer out of range, a class token that the backbone does not have, layers whose grids
-                differ, a pooled head that the backbone does not have.
+            ConfigError: a layer out of range, layers whose grids differ, a class token or pooled head that is
+                not there.
         """
         super().__init__()
         info = backbone.info
         layers = resolve_layers(config.layer, info.num_layers, info.default_layer)
         grids = {info.grids[layer - 1] for layer in layers}
         if len(grids) > 1:
-            raise ConfigError(f"layer {config.layer}: these layers have different grids {sorted(grids)} and cannot be joined")
+            raise ConfigError(
+                f"layer {config.layer}: its grids differ, {sorted(grids)}, so they cannot be joined"
+            )
         if config.select != "patch" and info.prefix_tokens == 0:
-            raise ConfigError(f"select {config.select!r}: this backbone has no class token; use select 'patch'")
+            raise ConfigError(
+                f"select {config.select!r}: this backbone has no class token; use select 'patch'"
+            )
         if config.pooled_head and info.embed_dim is None:
             raise ConfigError("pooled_head: this backbone has no pooled head")
         self.config = config
@@ -101,21 +105,26 @@ class VisionTower(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]
+    ) -> Float[Tensor, "b n d"]:
         """Features of the selected layers and tokens; a list of pictures runs as one batch.
 
         Raises:
-            ConfigError: pixels of another size than the backbone's.
+            ConfigError: pixels of another size than the backbone's, or none at all.
         """
         batch = self._batch(pixels)
         ascending = sorted(self.layers)
         outputs = dict(zip(ascending, self.backbone.forward_layers(batch, ascending), strict=True))
         chosen = [
-            select_tokens(outputs[layer], self.config.select, self.backbone.info.prefix_tokens) for layer in self.layers
+            select_tokens(outputs[layer], self.config.select, self.backbone.info.prefix_tokens)
+            for layer in self.layers
         ]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]) -> Float[Tensor, "b e"]:
+    def pooled(
+        self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]
+    ) -> Float[Tensor, "b e"]:
         """Image embedding of the whole backbone with its head, not normalised.
 
         Raises:
@@ -127,14 +136,18 @@ class VisionTower(nn.Module):
 
     def _batch(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
         side = self.image_size
-        pictures = [pixels] if isinstance(pixels, Tensor) else list(pixels)
-        for picture in pictures:
-            if picture.shape[-3:] != (3, side, side):
-                raise ConfigError(
-                    f"pixels of shape {tuple(picture.shape)}: this tower takes [B, 3, {side}, {side}]; "
-                    "tower.image_processor(pictures) makes them from pictures of any size"
-                )
-        batch = pixels if isinstance(pixels, Tensor) else torch.stack(pictures)
+        shapes = (
+            {tuple(pixels.shape[1:])}
+            if isinstance(pixels, Tensor)
+            else {tuple(picture.shape) for picture in pixels}
+        )
+        if shapes != {(3, side, side)}:
+            found = list(pixels.shape) if isinstance(pixels, Tensor) else sorted(shapes)
+            raise ConfigError(
+                f"pixels of shape {found}: this tower takes [B, 3, {side}, {side}], or a list of "
+                f"[3, {side}, {side}]; tower.image_processor(pictures) makes them from pictures of any size"
+            )
+        batch = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
         return batch.to(device=self.device, dtype=self.dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -149,7 +162,9 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **overrides: Any) -> VisionTower:
-        """Load a tower from a folder or hub id that `save_pretrained` of a tower or a dual encoder wrote.
+        """Load a tower, in evaluation mode, from a folder or hub id.
+
+        Its `save_pretrained` may have been a tower's or a dual encoder's.
 
         Args:
             overrides: fields of `TowerConfig` to change, such as `layer=-3`.
@@ -161,27 +176,33 @@ class VisionTower(nn.Module):
         folder = resolve_folder(source)
         stored, state = read_folder(folder, MODEL_TYPE, DUAL_ENCODER_TYPE)
         if any(name.startswith("tower.") for name in state):
-            state = {name.removeprefix("tower."): value for name, value in state.items() if name.startswith("tower.")}
+            state = {
+                name.removeprefix("tower."): value
+                for name, value in state.items()
+                if name.startswith("tower.")
+            }
         backbone = stored.backbone.build(load_weights=False)
         whole = cls(stored, backbone)
         load_strict(whole, state, str(folder))
         if not overrides:
-            return whole
+            return whole.eval()
         wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
         if wanted.pooled_head and not stored.pooled_head:
             raise ConfigError(f"{folder}: was saved without its pooled head; take it from the dual encoder")
         asked = resolve_layers(wanted.layer, backbone.info.num_layers, backbone.info.default_layer)
         if not stored.pooled_head and max(asked) > max(whole.layers):
-            raise ConfigError(f"{folder}: was saved up to layer {max(whole.layers)}, layer {wanted.layer} is not in it")
-        return cls(wanted, backbone)
+            raise ConfigError(
+                f"{folder}: was saved up to layer {max(whole.layers)}, layer {wanted.layer} is not in it"
+            )
+        return cls(wanted, backbone).eval()
 
 
 def load_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> VisionTower:
-    """Load a vision tower.
+    """Load a vision tower, in evaluation mode.
 
     Args:
-        source: `source:model[@weights]` (`open_clip:ViT-L-14-336-quickgelu@openai`), a YAML file of `TowerConfig`,
-            a folder written by `save_pretrained`, or a mapping of `TowerConfig`'s fields.
+        source: `source:model[@weights]` (`open_clip:ViT-L-14-336-quickgelu@openai`), a YAML or mapping of
+            `TowerConfig`'s fields, or a folder written by `save_pretrained`.
         overrides: fields of `TowerConfig`, such as `layer=-2` or `dtype="bfloat16"`.
 
     Raises:
@@ -192,7 +213,7 @@ def load_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> Visi
     if folder is not None:
         return VisionTower.from_pretrained(folder, **overrides)
     config = tower_config(source, **overrides)
-    return VisionTower(config, config.backbone.build())
+    return VisionTower(config, config.backbone.build()).eval()
 
 
 def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> TowerConfig:
@@ -210,7 +231,9 @@ def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> To
     text = str(source)
     if text.endswith((".yaml", ".yml")):
         tree = load_config(TowerConfig, text)
-        return validate(TowerConfig, {**tree.model_dump(mode="json"), **overrides}, text) if overrides else tree
+        return (
+            validate(TowerConfig, {**tree.model_dump(mode="json"), **overrides}, text) if overrides else tree
+        )
     if ":" not in text:
         raise ConfigError(
             f"{text!r} is no folder with a {CONFIG_FILE}, no YAML file, and no `source:model[@weights]` "
@@ -246,12 +269,18 @@ def save_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
-        raise WeightsError(f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first")
+        raise WeightsError(
+            f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first"
+        )
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         partial.chmod(0o755)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial / WEIGHTS_FILE, {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            partial / WEIGHTS_FILE,
+            {"format": "pt"},
+        )
         processor.save_pretrained(partial)
         if folder.exists():
             shutil.rmtree(folder)
@@ -273,7 +302,9 @@ def resolve_folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:
-        raise ConfigError(f"{str(source)!r} is neither a folder nor a hub id that can be reached: {error}") from error
+        raise ConfigError(
+            f"{str(source)!r} is neither a folder nor a hub id that can be reached: {error}"
+        ) from error
 
 
 def read_folder(folder: Path, *types: str) -> tuple[TowerConfig, dict[str, Tensor]]:
@@ -289,8 +320,8 @@ def _read_config(folder: Path, *types: str) -> TowerConfig:
         raise ConfigError(f"{folder} has no {CONFIG_FILE}: it is not a saved tower") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    found = content.get("model_type")
+    found = content.get("model_type") if isinstance(content, dict) else None
     if found not in types:
         hint = f"; for a transformers model use 'transformers:{folder}'" if found else ""
         raise ConfigError(f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{hint}")
-    return validate(TowerConfig, content["tower"], str(path))
+    return validate(TowerConfig, content.get("tower", {}), str(path))

@@ -1,4 +1,4 @@
-"""What a tower is built from. No torch here: a config can be checked and planned before anything heavy loads."""
+"""What a tower is built from. No torch here: a config is checked and planned before anything heavy loads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BackboneConfig(Config, ABC):
 
     @abstractmethod
     def build(self, *, load_weights: bool = True) -> Backbone:
-        """Build the backbone; without `load_weights` its parameters are random and no weights file is touched."""
+        """Build the backbone; without `load_weights` it is random and no weights file is touched."""
 
     @classmethod
     def models(cls) -> list[str]:
@@ -95,8 +95,8 @@ class PreprocessConfig(Config):
 
     Attributes:
         image_size: side of the square in pixels.
-        resize: `shortest` scales the shorter side to `resize_to` and crops the centre; `squash` scales both sides
-            to the square; `longest` scales the longer side and pads with `fill`.
+        resize: `shortest` scales the shorter side to `resize_to` and crops the centre; `squash` scales both
+            sides to the square; `longest` scales the longer side and pads with `fill`.
         resize_to: None means `image_size`.
         crop_rounding: where an odd margin goes. torchvision rounds half to even, transformers rounds down.
         mean, std: per channel, on the 0..1 scale.

@@ -50,10 +50,19 @@ def find_weights_file(folder: str | Path) -> Path:
         WeightsError: none is there, or the choice is not clear.
     """
     folder = Path(folder)
-    for pattern in ("model.safetensors", "open_clip_model.safetensors", "*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for pattern in (
+        "model.safetensors",
+        "open_clip_model.safetensors",
+        "*.safetensors",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+    ):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise WeightsError(f"{folder}: several weights files ({', '.join(p.name for p in found)}); name one of them")
+            raise WeightsError(
+                f"{folder}: several weights files ({', '.join(p.name for p in found)}); name one of them"
+            )
         if found:
             return found[0]
     raise WeightsError(f"{folder}: no weights file (*.safetensors, *.bin, *.pt, *.pth) in this folder")

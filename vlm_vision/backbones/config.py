@@ -20,7 +20,7 @@ class OpenClipConfig(BackboneConfig):
         model: a name of `open_clip.list_models()`.
         architecture: instead of a name, the model written out as in open_clip's `model_configs/*.json`:
             `embed_dim`, `vision_cfg`, `text_cfg`, optionally `quick_gelu`.
-        weights: a pretrained tag of that model, a weights file, or a folder that holds one; `none` for random.
+        weights: a pretrained tag of that model, a weights file, or a folder with one; `none` for random.
         preprocess: None takes what the weights were trained with.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import OpenClipConfig
-from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.errors import ConfigError, WeightsError, nearest
+from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import find_weights_file, load_strict, read_state_dict
 
@@ -28,7 +30,9 @@ RANDOM = "none"
 
 def list_models() -> list[str]:
     """Models of open_clip whose trunk is a native ViT or a ModifiedResNet."""
-    return [name for name in open_clip.list_models() if _is_native(open_clip.get_model_config(name)["vision_cfg"])]
+    return [
+        name for name in open_clip.list_models() if _is_native(open_clip.get_model_config(name)["vision_cfg"])
+    ]
 
 
 def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
@@ -36,7 +40,7 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
 
     Raises:
         ConfigError: unknown model, or a trunk from timm.
-        WeightsError: no weights named, unknown tag, another activation than the weights', or tensors that do not fit.
+        WeightsError: no weights named, unknown tag, another activation, or tensors that do not fit.
     """
     architecture = _architecture(config)
     if not _is_native(architecture["vision_cfg"]):
@@ -44,8 +48,10 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
             f"open_clip model {config.model!r} has a timm trunk, which this source does not read yet; "
             f"use timm:{architecture['vision_cfg']['timm_model_name']}"
         )
-    visual = _build_vision_tower(architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(architecture))
-    preprocess = config.preprocess or _preprocess(config, architecture)
+    visual = _build_vision_tower(
+        architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(architecture)
+    )
+    preprocess = _preprocess(config, architecture)
     backbone: Backbone
     if isinstance(visual, ModifiedResNet):
         backbone = ResNetBackbone(visual, config, architecture, preprocess)
@@ -53,7 +59,9 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
         backbone = VitBackbone(visual, config, architecture, preprocess)
     state = _weights(config, architecture) if load_weights else None
     if state is not None:
-        own = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
+        own = {
+            name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")
+        }
         load_strict(visual, own, _origin(config))
     return backbone
 
@@ -62,26 +70,40 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
     """The text side of an open_clip model: encoder, tokenizer, temperature.
 
     Raises:
-        ConfigError: the architecture has no text tower.
+        ConfigError: the architecture has no text tower, or its parts cannot be had.
         WeightsError: as for `build`.
     """
     architecture = _architecture(config)
     if "text_cfg" not in architecture:
         raise ConfigError("this architecture has no `text_cfg`, which a dual encoder needs")
-    text_cfg = dict(architecture["text_cfg"])
-    text_cfg["hf_model_pretrained"] = False  # the weights come from the checkpoint, never from a second download
-    encoder = _build_text_tower(architecture["embed_dim"], text_cfg, _quick_gelu(architecture))
-    logit_scale = torch.tensor(architecture.get("init_logit_scale", torch.tensor(1 / 0.07).log().item()))
+    # The weights come from the checkpoint, never from a second download; token features are CoCa's decoder's.
+    text_cfg = {**architecture["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
+    try:
+        encoder = _build_text_tower(architecture["embed_dim"], text_cfg, _quick_gelu(architecture))
+        tokenizer = Tokenizer(text_cfg)
+    except OSError as error:
+        raise ConfigError(
+            f"{_origin(config)}: its text tower needs files of "
+            f"{text_cfg.get('hf_model_name') or text_cfg.get('hf_tokenizer_name')!r} from the hub, which "
+            f"cannot be reached ({str(error).splitlines()[0]})"
+        ) from error
+    logit_scale = float(architecture.get("init_logit_scale", math.log(1 / 0.07)))
     state = _weights(config, architecture) if load_weights else None
     if state is not None:
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         load_strict(encoder, own, _origin(config))
-        logit_scale = state["logit_scale"].float().reshape(())
-    return TextSide(encoder, Tokenizer(text_cfg), float(logit_scale))
+        if "logit_scale" not in state:
+            raise WeightsError(
+                f"{_origin(config)}: these weights have no logit_scale, so they are no dual encoder's"
+            )
+        logit_scale = float(state["logit_scale"])
+    return TextSide(encoder, tokenizer, logit_scale)
 
 
 class _OpenClipBackbone(Backbone):
     """What both trunk kinds share: the `visual` module of open_clip under its own parameter names."""
+
+    visual: Any
 
     def __init__(self, visual: nn.Module, config: OpenClipConfig, architecture: dict[str, Any]) -> None:
         super().__init__()
@@ -91,7 +113,8 @@ class _OpenClipBackbone(Backbone):
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         output = self.visual(pixels)
-        return output[0] if isinstance(output, tuple) else output
+        embedding: Tensor = output[0] if isinstance(output, tuple) else output
+        return embedding
 
     def portable_config(self) -> OpenClipConfig:
         return self._config.model_copy(
@@ -136,11 +159,11 @@ class VitBackbone(_OpenClipBackbone):
 
     def truncate(self, layer: int) -> None:
         self.visual.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
-        self.visual.attn_pool = None
+        self.visual.attn_pool = self.visual.attn_pool_contrastive = None
 
 
 class ResNetBackbone(_OpenClipBackbone):
-    """A ModifiedResNet: layers are the stem and the four stages, no class token, each stage halving the grid."""
+    """A ModifiedResNet: layers are the stem and the four stages, each halving the grid; no class token."""
 
     def __init__(
         self,
@@ -201,24 +224,66 @@ def _origin(config: OpenClipConfig) -> str:
     return f"open_clip:{config.model or 'architecture'}@{config.weights}"
 
 
-def _tag(config: OpenClipConfig) -> dict[str, Any]:
-    """open_clip's record of a pretrained tag, empty when `weights` is not a tag of this model."""
-    if config.model is None or config.weights in (None, RANDOM):
+def _record(config: OpenClipConfig) -> dict[str, Any]:
+    """How the weights were trained: open_clip's record of a tag, or `open_clip_config.json` beside them."""
+    if config.weights in (None, RANDOM):
         return {}
-    return dict(open_clip.get_pretrained_cfg(config.model, config.weights) or {})
+    described = Path(str(config.weights)) / "open_clip_config.json"
+    if described.is_file():
+        try:
+            content = json.loads(described.read_text(encoding="utf-8"))
+            return {**content["preprocess_cfg"], "quick_gelu": content["model_cfg"].get("quick_gelu", False)}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(
+                f"{described} needs `model_cfg` and `preprocess_cfg`, as open_clip writes them: {error!r}"
+            ) from error
+    return dict((config.model and open_clip.get_pretrained_cfg(config.model, config.weights)) or {})
 
 
 def _preprocess(config: OpenClipConfig, architecture: Mapping[str, Any]) -> PreprocessConfig:
-    """Settings of the weights over open_clip's defaults, at the model's image size."""
-    tag = _tag(config)
-    defaults = PreprocessConfig(image_size=architecture["vision_cfg"].get("image_size", 224))
+    """Settings of the weights over open_clip's defaults, at the model's image size.
+
+    Raises:
+        ConfigError: `preprocess` of another size than the model's.
+    """
+    side = architecture["vision_cfg"].get("image_size", 224)
+    if config.preprocess is not None:
+        if config.preprocess.image_size != side:
+            raise ConfigError(
+                f"{_origin(config)}: preprocess.image_size is {config.preprocess.image_size}, "
+                f"the model's is {side}"
+            )
+        return config.preprocess
+    record, defaults = _record(config), PreprocessConfig(image_size=side)
     return defaults.model_copy(
         update={
-            "mean": tuple(tag.get("mean") or defaults.mean),
-            "std": tuple(tag.get("std") or defaults.std),
-            "interpolation": tag.get("interpolation") or defaults.interpolation,
-            "resize": tag.get("resize_mode") or defaults.resize,
+            "mean": tuple(record.get("mean") or defaults.mean),
+            "std": tuple(record.get("std") or defaults.std),
+            "interpolation": record.get("interpolation") or defaults.interpolation,
+            "resize": record.get("resize_mode") or defaults.resize,
         }
+    )
+
+
+def _check_activation(
+    config: OpenClipConfig, architecture: Mapping[str, Any], trained_with_quick_gelu: bool
+) -> None:
+    """Refuse weights trained with another activation than the model computes: no tensor's shape would tell.
+
+    Raises:
+        WeightsError: names the twin model that fits.
+    """
+    if trained_with_quick_gelu == _quick_gelu(architecture):
+        return
+    names = ("QuickGELU", "GELU") if trained_with_quick_gelu else ("GELU", "QuickGELU")
+    if config.model is None:
+        way_out = f"set architecture.quick_gelu to {str(trained_with_quick_gelu).lower()}"
+    else:
+        stem = config.model.removesuffix("-quickgelu")
+        way_out = f"use open_clip:{stem}{'-quickgelu' if trained_with_quick_gelu else ''}@{config.weights}"
+    raise WeightsError(
+        f"{_origin(config)}: these weights were trained with {names[0]}, this model computes {names[1]}, "
+        f"so its features would be wrong; {way_out}"
     )
 
 
@@ -227,34 +292,37 @@ def _weights(config: OpenClipConfig, architecture: Mapping[str, Any]) -> dict[st
     if config.weights == RANDOM:
         return None
     path = _weights_path(config, architecture)
-    state = convert_to_custom_text_state_dict(read_state_dict(path))
-    # Constants that OpenAI's files carry beside their tensors.
-    return {name: value for name, value in state.items() if name not in ("input_resolution", "context_length", "vocab_size")}
+    state: dict[str, Tensor] = convert_to_custom_text_state_dict(read_state_dict(path))
+    if (
+        "input_resolution" in state
+    ):  # a constant that only OpenAI's own files carry, and they all use QuickGELU
+        _check_activation(config, architecture, trained_with_quick_gelu=True)
+    return state
 
 
 def _weights_path(config: OpenClipConfig, architecture: Mapping[str, Any]) -> Path:
     tags = open_clip.list_pretrained_tags_by_model(config.model) if config.model else []
-    choices = f"a tag of this model ({', '.join(tags) or 'it has none'}), a file, a folder, or {RANDOM!r} for random weights"
+    listed = ", ".join(tags) or "it has none"
+    choices = f"a tag of this model ({listed}), a file, a folder, or {RANDOM!r} for random weights"
     if config.weights is None:
         raise WeightsError(f"{_origin(config)}: no weights named; give {choices}")
     path = Path(config.weights)
+    record = _record(config)
+    if record:
+        _check_activation(config, architecture, bool(record.get("quick_gelu", False)))
     if path.is_dir():
         return find_weights_file(path)
     if path.is_file():
         return path
-    tag = _tag(config)
-    if not tag:
+    if not record:
         raise WeightsError(
             f"{_origin(config)}: {config.weights!r} is neither a file nor a tag of this model"
             f"{nearest(config.weights, tags)}; give {choices}"
         )
-    trained_with_quick_gelu = bool(tag.get("quick_gelu", False))
-    if trained_with_quick_gelu != _quick_gelu(architecture):
-        suffix = "-quickgelu"
-        other = f"{config.model}{suffix}" if trained_with_quick_gelu else str(config.model).removesuffix(suffix)
+    try:
+        return Path(open_clip.download_pretrained(record))
+    except Exception as error:  # the hub's and the web's errors are many families
         raise WeightsError(
-            f"{_origin(config)}: these weights were trained with {'QuickGELU' if trained_with_quick_gelu else 'GELU'}, "
-            f"this model computes {'GELU' if trained_with_quick_gelu else 'QuickGELU'}, so its features would be wrong; "
-            f"use open_clip:{other}@{config.weights}"
-        )
-    return Path(open_clip.download_pretrained(tag))
+            f"{_origin(config)}: weights cannot be downloaded ({str(error).splitlines()[0]}); "
+            "offline, name a file or folder that holds them"
+        ) from error

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, PretrainedConfig
-from transformers.utils import cached_file
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PretrainedConfig,
+)
+from transformers.utils import cached_file, logging
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import TransformersConfig
@@ -36,7 +44,9 @@ def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
     random = config.weights == RANDOM or not load_weights
     weights = None if random else (config.weights or config.model)
     if weights is None and not random:
-        raise WeightsError(f"an `architecture` alone has no weights; name a folder or hub id, or {RANDOM!r} for random ones")
+        raise WeightsError(
+            f"an `architecture` alone has no weights; name a folder or hub id, or {RANDOM!r} for random ones"
+        )
     preprocess = config.preprocess or _preprocess(weights, model_config)
     if isinstance(model_config, CLIPVisionConfig):
         return ClipBackbone(_load(CLIPVisionModel, model_config, weights), config, model_config, preprocess)
@@ -48,6 +58,7 @@ class _TransformersBackbone(Backbone):
 
     embeddings: nn.Module
     blocks: nn.ModuleList
+    norm: nn.Module
 
     def __init__(
         self,
@@ -83,19 +94,21 @@ class _TransformersBackbone(Backbone):
 
     def portable_config(self) -> TransformersConfig:
         architecture = self._model_config.to_dict()
-        return self._config.model_copy(update={"architecture": architecture, "preprocess": self.info.preprocess})
+        return self._config.model_copy(
+            update={"architecture": architecture, "preprocess": self.info.preprocess}
+        )
 
     @staticmethod
     def _at_native_size(preprocess: PreprocessConfig, image_size: int) -> PreprocessConfig:
-        """DINOv2's weights were trained at 518 and its processor crops 224: scale its margin with the size."""
+        """DINOv2 was trained at 518 and its processor crops 224: scale its margin with the size."""
         resize_to = preprocess.resize_to and round(preprocess.resize_to * image_size / preprocess.image_size)
         return preprocess.model_copy(update={"image_size": image_size, "resize_to": resize_to})
 
 
 class ClipBackbone(_TransformersBackbone):
-    """CLIP's vision model; the pooled head is the class token after `post_layernorm`, without CLIP's projection."""
+    """CLIP's vision model; the pooled head is the class token after `post_layernorm`, not projected."""
 
-    def __init__(self, model: nn.Module, *facts: Any) -> None:
+    def __init__(self, model: Any, *facts: Any) -> None:
         super().__init__(model, *facts)
         model = getattr(model, "vision_model", model)  # transformers 5 dropped the inner level
         self.embeddings = nn.Sequential(model.embeddings, model.pre_layrnorm)
@@ -103,7 +116,8 @@ class ClipBackbone(_TransformersBackbone):
         self.norm = model.post_layernorm
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        return self.norm(self.forward_layers(pixels, [len(self.blocks)])[0][:, 0])
+        embedding: Tensor = self.norm(self.forward_layers(pixels, [len(self.blocks)])[0][:, 0])
+        return embedding
 
     def truncate(self, layer: int) -> None:
         self.blocks = self.blocks[:layer]
@@ -113,16 +127,17 @@ class ClipBackbone(_TransformersBackbone):
 class Dinov2Backbone(_TransformersBackbone):
     """DINOv2; the pooled head is the class token after the final norm."""
 
-    def __init__(self, model: nn.Module, *facts: Any) -> None:
+    def __init__(self, model: Any, *facts: Any) -> None:
         super().__init__(model, *facts)
-        self.embeddings = model.embeddings
         # Only masked pre-training uses it; as a parameter without gradient it would make DDP wait.
-        self.embeddings.mask_token.requires_grad_(False)
+        model.embeddings.mask_token.requires_grad_(False)
+        self.embeddings = model.embeddings
         self.blocks = getattr(model.encoder, "layer", None) or model.encoder.layers
         self.norm = model.layernorm
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        return self.norm(self.forward_layers(pixels, [len(self.blocks)])[0])[:, 0]
+        tokens: Tensor = self.norm(self.forward_layers(pixels, [len(self.blocks)])[0])
+        return tokens[:, 0]
 
     def truncate(self, layer: int) -> None:
         self.blocks = self.blocks[:layer]
@@ -133,7 +148,8 @@ def _run_block(block: nn.Module, hidden: Tensor) -> Tensor:
     """Run an encoder layer of any supported transformers: older ones demand masks and return tuples."""
     masks = [name for name in inspect.signature(block.forward).parameters if name.endswith("attention_mask")]
     output = block(hidden, *[None] * len(masks))
-    return output[0] if isinstance(output, tuple) else output
+    following: Tensor = output[0] if isinstance(output, tuple) else output
+    return following
 
 
 def _model_config(config: TransformersConfig) -> PretrainedConfig:
@@ -147,12 +163,14 @@ def _model_config(config: TransformersConfig) -> PretrainedConfig:
         found = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"transformers:{config.model}: no config at this hub id or folder ({str(error).splitlines()[0]}). "
-            "Offline, download it first and name the folder"
+            f"transformers:{config.model}: no config at this hub id or folder "
+            f"({str(error).splitlines()[0]}). Offline, download it first and name the folder"
         ) from error
     found = getattr(found, "vision_config", found)
     if not isinstance(found, (CLIPVisionConfig, Dinov2Config)):
-        raise ConfigError(f"transformers:{config.model}: is a {found.model_type!r}; this source reads CLIP and DINOv2")
+        raise ConfigError(
+            f"transformers:{config.model}: is a {found.model_type!r}; this source reads CLIP and DINOv2"
+        )
     return found
 
 
@@ -175,22 +193,43 @@ def _preprocess(weights: str | None, model_config: PretrainedConfig) -> Preproce
     return read_preprocess(Path(found))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None) -> nn.Module:
     if weights is None:
         model: nn.Module = model_class(model_config)
         return model
     try:
-        model, report = model_class.from_pretrained(weights, config=model_config, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+        with (
+            _quiet()
+        ):  # its report of the text side's tensors reads like an error; what is wrong is raised below
+            model, report = model_class.from_pretrained(
+                weights, config=model_config, output_loading_info=True
+            )
+    except Exception as error:  # the hub, safetensors and torch each have their own family
         raise WeightsError(f"transformers:{weights}: weights cannot be loaded: {error}") from error
     wrong = {
         "missing": [name for name in report["missing_keys"] if not name.endswith("position_ids")],
         "unexpected": [
-            name for name in report["unexpected_keys"] if not name.startswith(_TEXT_SIDE) and not name.endswith("position_ids")
+            name
+            for name in report["unexpected_keys"]
+            if not name.startswith(_TEXT_SIDE) and not name.endswith("position_ids")
         ],
         "of another shape": [str(item) for item in report["mismatched_keys"]],
     }
-    lines = [f"  {len(names)} {kind}: {', '.join(sorted(names)[:5])}" for kind, names in wrong.items() if names]
+    lines = [
+        f"  {len(names)} {kind}: {', '.join(sorted(names)[:5])}" for kind, names in wrong.items() if names
+    ]
     if lines:
-        raise WeightsError(f"transformers:{weights}: these weights are not for this model\n" + "\n".join(lines))
+        raise WeightsError(
+            f"transformers:{weights}: these weights are not for this model\n" + "\n".join(lines)
+        )
     return model.to(torch.float32)
