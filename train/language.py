@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vlm_vision.errors import DataError
 from vlm_vision.train.language_config import LanguageConfig
-from vlm_vision.train.optim import Rule, parameter_groups, warmup_cosine, warmup_steps
+from vlm_vision.train.optim import parameter_groups, warmup_cosine, warmup_steps
 from vlm_vision.train.run import Run, check_finite, prepare_process
 
 Chat = list[dict[str, str]]
@@ -96,7 +96,7 @@ def warm_start_llm(
         DataError: chats and texts together do not fill one row of training.
     """
     prepare_process(config.seed)
-    tokenizer = train_tokenizer((text for text in _all_texts(chats, texts)), config.vocab_size)
+    tokenizer = train_tokenizer(_all_texts(chats, texts), config.vocab_size)
     rows = pack(tokenizer, chats, texts, config)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -167,8 +167,7 @@ def _all_texts(chats: Sequence[Chat], texts: Sequence[str]) -> Iterable[str]:
 def _fit(model: LlamaForCausalLM, rows: torch.Tensor, config: LanguageConfig, folder: Path) -> list[float]:
     """Next-token training over the rows, reshuffled when they run out; returns the loss of every step."""
     run = Run(folder, config)
-    everything = [Rule(match="*")]
-    groups = parameter_groups(model, everything, lr=config.lr, weight_decay=config.weight_decay)
+    groups = parameter_groups(model, (), lr=config.lr, weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = warmup_cosine(optimizer, config.steps, warmup_steps(config.steps))
     generator = torch.Generator().manual_seed(config.seed)
@@ -189,7 +188,7 @@ def _fit(model: LlamaForCausalLM, rows: torch.Tensor, config: LanguageConfig, fo
             optimizer.zero_grad()
             schedule.step()
             losses.append(loss.item())
-            run.log(step, loss=losses[-1], lr=schedule.get_last_lr()[0], grad_norm=grad_norm)
+            run.log(step, loss=losses[-1], lr=float(schedule.get_last_lr()[0]), grad_norm=grad_norm)
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()
     run.close()

@@ -19,17 +19,17 @@ class LanguageConfig(Config):
         bf16: autocast to bfloat16; slower than float32 on a CPU without bfloat16 units.
     """
 
-    hidden_size: int = Field(192, ge=1)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(6, ge=1)
-    mlp_size: int = Field(512, ge=1)
-    vocab_size: int = Field(512, ge=280)
-    max_length: int = Field(512, ge=8)
-    row_length: int = Field(128, ge=8)
-    steps: int = Field(100, ge=1)
-    batch_size: int = Field(16, ge=1)
-    lr: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    hidden_size: int = Field(default=192, ge=1)
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=6, ge=1)
+    mlp_size: int = Field(default=512, ge=1)
+    vocab_size: int = Field(default=512, ge=280)
+    max_length: int = Field(default=512, ge=8)
+    row_length: int = Field(default=128, ge=8)
+    steps: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    lr: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     bf16: bool = False
     seed: int = 0
 

@@ -83,11 +83,11 @@ class SceneConfig(Config):
     """
 
     seed: int = 0
-    image_size: int = Field(64, ge=32)
-    train_pictures: int = Field(12000, ge=1)
-    val_pictures: int = Field(480, ge=1)
-    unseen_pictures: int = Field(192, ge=1)
-    pictures_per_class: int = Field(20, ge=1)
+    image_size: int = Field(default=64, ge=32)
+    train_pictures: int = Field(default=12000, ge=1)
+    val_pictures: int = Field(default=480, ge=1)
+    unseen_pictures: int = Field(default=192, ge=1)
+    pictures_per_class: int = Field(default=20, ge=1)
 
 
 @dataclass(frozen=True)
