@@ -46,10 +46,8 @@ def build_projector(
     return arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
 
 
-def save_projector(
-    projector: Projector, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write `config.json` and `model.safetensors`; `state_dict` stands in for weights that are sharded."""
+def save_projector(projector: Projector, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     description = {
@@ -59,8 +57,11 @@ def save_projector(
         "grid": list(projector.grid),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    state = projector.state_dict() if state_dict is None else state_dict
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    state = {name: tensor.contiguous() for name, tensor in projector.state_dict().items()}
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise WeightsError(f"{folder}: {', '.join(empty)} empty, as shards of ZeRO-3 are; gather them first")
+    save_file(state, folder / "model.safetensors")
 
 
 def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -79,6 +81,15 @@ class VisionLanguageModel(nn.Module):
     def tokens_per_image(self) -> int:
         """Tokens that one picture takes in the language model."""
         return self.projector.tokens_out(token_grid(self.vision_tower))
+
+    def part(self, name: Part) -> nn.Module:
+        """A part by the name of its folder."""
+        parts: dict[Part, nn.Module] = {
+            "tower": self.vision_tower,
+            "projector": self.projector,
+            "llm": self.llm,
+        }
+        return parts[name]
 
     def forward(
         self,
@@ -200,13 +211,14 @@ class VisionLanguageModel(nn.Module):
         folder: str | Path,
         *,
         parts: Collection[Part] = PARTS,
-        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write `config.json` and a folder for each part, complete or not at all.
 
         Args:
             parts: which parts; a folder of some of them is what a training stage leaves for the next.
-            state_dict: whole tensors of projector and language model, in place of sharded ones.
+
+        Raises:
+            WeightsError: a tensor is empty, or one did not reach the file.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -218,11 +230,10 @@ class VisionLanguageModel(nn.Module):
             if "tower" in parts:
                 self.vision_tower.save_pretrained(partial / "tower")
             if "projector" in parts:
-                save_projector(
-                    self.projector, partial / "projector", state_dict=_below("projector.", state_dict)
-                )
+                save_projector(self.projector, partial / "projector")
             if "llm" in parts:
-                self.llm.save_pretrained(partial / "llm", state_dict=_below("llm.", state_dict))
+                self.llm.save_pretrained(partial / "llm")
+                _check_saved(self.llm, partial / "llm")
                 self.tokenizer.save_pretrained(partial / "llm")
             if folder.exists():
                 shutil.rmtree(folder)
@@ -333,10 +344,17 @@ def _as_turns(prompt: str | Sequence[Turn], has_picture: bool) -> Sequence[Turn]
     return [Turn("user", mark + prompt)]
 
 
-def _below(prefix: str, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    if state_dict is None:
-        return None
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+def _check_saved(llm: nn.Module, folder: Path) -> None:
+    """Every element of a language model must be in its files; tied weights are there once."""
+    distinct = {tensor.data_ptr(): tensor.numel() for tensor in llm.state_dict().values()}
+    saved = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if saved != sum(distinct.values()) or 0 in distinct.values():
+        raise WeightsError(
+            f"language model not saved: {saved:,} of {sum(distinct.values()):,} weights reached its files"
+        )
 
 
 def _learns(module: nn.Module) -> bool:

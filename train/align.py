@@ -1,0 +1,109 @@
+"""Alignment: a tower, a projector and a language model become one model, stage by stage, on DeepSpeed."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vlm_vision.adapters.build import build_projector, load_projector, load_projector_weights
+from vlm_vision.adapters.lora import merge_lora
+from vlm_vision.errors import DataError
+from vlm_vision.tower import VisionTower, load_tower
+from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
+from vlm_vision.train.conversations import read_template
+from vlm_vision.train.deepspeed_engine import join_ranks
+from vlm_vision.train.run import prepare_process
+from vlm_vision.train.stage import run_stage
+from vlm_vision.train.vlm import (
+    PARTS,
+    Part,
+    VisionLanguageModel,
+    embedding_width,
+    load_llm,
+    load_tokenizer,
+    token_grid,
+)
+
+DONE_FILE = "done.json"
+
+
+def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> dict[str, dict[str, float]]:
+    """Run the stages one after another; the finished model is `output/model`.
+
+    Each stage is a run folder `output/<stage>`. When it ends, it leaves the parts that learnt in its `model`
+    and its figures in `done.json`; the next stage starts from these parts.
+
+    Args:
+        resume: skip finished stages and continue the unfinished one from its newest checkpoint, bit-exact.
+
+    Returns:
+        Per stage: last loss, steps, seconds, conversations per second, records replaced and truncated.
+
+    Raises:
+        ConfigError: parts that do not fit, rules that name nothing, a batch that does not divide.
+        DataError: data that cannot be used, or an output folder with another run in it.
+        WeightsError: weights that do not fit.
+        VlmVisionError: a loss that is not finite.
+    """
+    rank, _, _ = join_ranks()
+    output = Path(output)
+    figures: dict[str, dict[str, float]] = {}
+    learnt: dict[Part, Path] = {}
+    for stage in config.stages:
+        folder = output / stage.name
+        is_last = stage is config.stages[-1]
+        target = output / "model" if is_last else folder / "model"
+        done = folder / DONE_FILE
+        if done.is_file() and not resume:
+            raise DataError(f"{folder} holds a finished stage: use --resume, or another output folder")
+        if not done.is_file():
+            prepare_process(config.seed)
+            model = build_model(config.model, stage, learnt)
+            record = run_stage(model, stage, config.seed, folder, resume=resume)
+            if rank == 0:
+                if any(rule.learn == "lora" for rule in stage.learn):
+                    merge_lora(model)
+                model.save_pretrained(target, parts=PARTS if is_last else record["parts"])
+                done.write_text(json.dumps(record, indent=2), encoding="utf-8")
+            dist.barrier()
+            del model
+            gc.collect()  # engine and model refer to each other
+        record = json.loads(done.read_text(encoding="utf-8"))
+        figures[stage.name] = record["figures"]
+        learnt |= {part: target / part for part in record["parts"]}
+    return figures
+
+
+def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) -> VisionLanguageModel:
+    """The model as a stage begins: what learnt in an earlier stage from there, the rest from its source.
+
+    Raises:
+        ConfigError, WeightsError: a part cannot be loaded, or the parts do not fit.
+    """
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    template = stage.chat_template or config.chat_template
+    tokenizer = load_tokenizer(config.llm, None if template is None else read_template(template))
+    if "tower" in learnt:
+        tower = VisionTower.from_pretrained(learnt["tower"])
+    else:
+        tower = load_tower(
+            config.tower if isinstance(config.tower, str) else config.tower.model_dump(mode="json")
+        )
+    if "llm" in learnt:
+        llm = load_llm(learnt["llm"], dtype=dtype)
+    else:
+        llm = load_llm(config.llm, dtype=dtype, weights=config.llm_weights)
+    if "projector" in learnt:
+        projector = load_projector(learnt["projector"])
+    else:
+        projector = build_projector(
+            config.projector, tower.hidden_size, embedding_width(llm), token_grid(tower)
+        )
+        if config.projector_weights is not None:
+            load_projector_weights(projector, config.projector_weights)
+    return VisionLanguageModel(tower.to(dtype), projector.to(dtype), llm, tokenizer)

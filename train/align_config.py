@@ -1,0 +1,144 @@
+"""What an alignment run is made of: the parts, and the stages in which they learn. No torch here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt, model_validator
+
+from vlm_vision.adapters.config import MlpConfig, ProjectorNode
+from vlm_vision.adapters.lora_config import LoraConfig
+from vlm_vision.config import Config
+from vlm_vision.tower_config import TowerConfig
+from vlm_vision.train.rules import Rule
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _tower_source(value: Any) -> str | TowerConfig:
+    if isinstance(value, (str, TowerConfig)):
+        return value
+    if isinstance(value, dict):
+        return TowerConfig.model_validate(value)
+    raise ValueError("must be a folder, a `source:model[@weights]`, a YAML file, or a tower's fields")
+
+
+class VlmConfig(Config):
+    """The parts of a vision-language model.
+
+    Attributes:
+        tower: anything that `load_tower` takes.
+        projector: a name or a node; built anew unless `projector_weights` is given.
+        projector_weights: a projector's folder, a safetensors file, or LLaVA's `mm_projector.bin`.
+        llm: folder or hub id of a causal language model of transformers.
+        llm_weights: `none` builds the language model from its config, with random weights.
+        chat_template: a .jinja file, in place of the tokenizer's own template.
+    """
+
+    tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
+    projector: ProjectorNode = MlpConfig(depth=2)
+    projector_weights: str | None = None
+    llm: str
+    llm_weights: Literal["pretrained", "none"] = "pretrained"
+    chat_template: str | None = None
+
+
+class ConversationConfig(Config):
+    """Conversations in LLaVA's format.
+
+    Attributes:
+        file: JSON list or JSONL of `{"id", "image", "conversations"}`.
+        image_folder: what the records' `image` is relative to; pictures outside it are refused.
+        follow_links: let links in the image folder lead out of it.
+        too_long: what happens to the text of a conversation beyond `max_length`.
+        max_bad_share: records that cannot be used are replaced, counted and listed up to this share.
+        workers: processes that prepare samples; 0 prepares them in the training process.
+    """
+
+    file: str
+    image_folder: str | None = None
+    follow_links: bool = False
+    too_long: Literal["truncate", "refuse"] = "truncate"
+    max_bad_share: Share = 0.0
+    workers: NonNegativeInt = 1
+
+
+class Stage(Config):
+    """One stage: what learns, on which data, how long.
+
+    Attributes:
+        name: of the stage and its folder.
+        learn: rules over parameter names, which begin with `vision_tower.`, `projector.` or `llm.`.
+        lora: settings of the adapters that rules with `learn: lora` put on.
+        chat_template: a .jinja file for this stage alone.
+        lr: peak learning rate.
+        warmup: share of the steps with linear warm-up; a cosine to 0 follows.
+        epochs, steps: length; one of them.
+        batch_size: conversations per optimizer step over all ranks.
+        micro_batch_size: conversations that a rank runs at once; None means its whole share.
+        max_length: tokens of a conversation, its pictures' included.
+        zero_stage: what DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 and gradients,
+            3 and weights.
+        precision: bf16 computes in bfloat16 and keeps an fp32 copy of what learns.
+        activation_checkpointing: recompute the language model's activations in the backward pass.
+        save_every: optimizer steps between checkpoints; None saves none within the stage.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    data: ConversationConfig
+    learn: Annotated[tuple[Rule, ...], Field(min_length=1)]
+    lora: LoraConfig = LoraConfig()
+    chat_template: str | None = None
+    lr: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: Share = 0.03
+    epochs: PositiveFloat | None = None
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    max_length: PositiveInt = 2048
+    grad_clip: PositiveFloat | None = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    log_every: PositiveInt = 10
+    save_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Stage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give the length of the stage once, as `epochs` or as `steps`")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Stage:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    def total_steps(self, records: int) -> int:
+        """Optimizer steps on a data set; conversations that do not fill an epoch's last batch sit it out."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * (records // self.batch_size)))
+
+
+class AlignConfig(Config):
+    """Tower, projector and language model, and the stages that make them one model."""
+
+    model: VlmConfig
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _stages_are_told_apart(self) -> AlignConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names) or "model" in names:
+            raise ValueError(
+                f"stages need names of their own, and none may be 'model', got {', '.join(names)}"
+            )
+        return self

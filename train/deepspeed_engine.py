@@ -1,0 +1,205 @@
+"""DeepSpeed under an alignment stage: ranks, settings, checkpoints, and whole weights out of sharded ones."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlm_vision.errors import ConfigError, WeightsError, require
+from vlm_vision.train.align_config import Stage
+from vlm_vision.train.checkpoint import save_checkpoint
+
+TAG, STATE_FILE = "engine", "state.json"
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """(rank, world size, device); joins the group that torchrun or deepspeed describe, or makes one of one.
+
+    Raises:
+        MissingExtraError: DeepSpeed is not installed.
+    """
+    require("align", "deepspeed", "jinja2")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        # DeepSpeed keeps the group for as long as the process lives.
+        atexit.register(_leave)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Only makes CPU collectives a little faster, and would need a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def engine_settings(
+    stage: Stage, world: int, micro_batch_size: int, width: int, learning: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, with every value given.
+
+    Args:
+        micro_batch_size: conversations that a rank runs at once.
+        width: channels of the language model, by which ZeRO-3's buckets scale (as Hugging Face sets them).
+        learning: parameters that learn; no bucket need hold more.
+    """
+    zero: dict[str, Any] = {
+        "stage": stage.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": world > 1 and torch.cuda.is_available(),
+        "reduce_scatter": True,
+        "reduce_bucket_size": min(learning, 500_000_000),
+        "allgather_bucket_size": min(learning, 500_000_000),
+    }
+    if stage.zero_stage == 3:
+        zero |= {
+            "reduce_bucket_size": width * width,
+            "stage3_prefetch_bucket_size": width * width * 9 // 10,
+            "stage3_param_persistence_threshold": 10 * width,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    return {
+        "train_batch_size": stage.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": stage.batch_size // (world * micro_batch_size),
+        "gradient_clipping": stage.grad_clip or 0.0,
+        "bf16": {"enabled": stage.precision == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+        "wall_clock_breakdown": False,
+    }
+
+
+def start_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, settings: dict[str, Any]
+) -> Any:
+    """The engine that runs a stage; it moves the model to the rank's device and shards it."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
+    )
+    engine.checkpoint_engine = _weights_only(engine.checkpoint_engine)
+    return engine
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the whole gradient before the step, where every rank has it (ZeRO-0 in fp32)."""
+    if engine.zero_optimization_stage() or engine.bfloat16_enabled():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def save_engine(engine: Any, folder: Path, step: int, *, keep: int = 2) -> None:
+    """Checkpoint of a step without the frozen weights, complete or absent. Every rank must call it."""
+    state = {
+        "step": step,
+        "world": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
+    }
+
+    def write(partial: Path) -> None:
+        dist.barrier()  # rank 0 has made the folder
+        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        if dist.get_rank() == 0:
+            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        dist.barrier()  # every rank has written its shard
+
+    if dist.get_rank() == 0:
+        save_checkpoint(folder, step, write, keep=keep)
+    else:
+        write(folder / f"step_{step}.tmp")
+    dist.barrier()
+
+
+def load_engine(engine: Any, checkpoint: Path) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        ConfigError: it was written with other ranks, another ZeRO stage or other learning parameters.
+    """
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    now = {
+        "world": dist.get_world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
+    }
+    if now["learning"] != state["learning"]:
+        raise ConfigError(
+            f"{checkpoint}: other parameters learnt there than in this config; start a new run instead"
+        )
+    for key, what in (("world", "process(es)"), ("zero_stage", "as ZeRO stage")):
+        if now[key] != state[key]:
+            raise ConfigError(
+                f"{checkpoint} was written with {state[key]} {what}, this run has {now[key]}: "
+                f"continue with {state[key]}, or start a new run in another folder"
+            )
+    engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
+
+
+def make_whole(model: nn.Module) -> None:
+    """Turn ZeRO-3's shards back into whole tensors on the CPU of rank 0. Every rank must call it.
+
+    Raises:
+        WeightsError: a tensor came out in another shape than it has.
+    """
+    import deepspeed
+
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "ds_id"):
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().cpu().clone() if dist.get_rank() == 0 else None
+        if whole is not None:
+            shape = tuple(parameter.ds_shape)
+            if whole.shape != shape:
+                raise WeightsError(f"{name} was gathered as {tuple(whole.shape)}, not {shape}")
+            parameter.data = whole
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a value over ranks, in place."""
+    dist.all_reduce(value)
+    return value.div_(dist.get_world_size())
+
+
+def _weights_only(checkpoint_engine: Any) -> Any:
+    """DeepSpeed's checkpoint reader, refusing pickled code: it reads with `weights_only=False` by itself."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    def load(path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    checkpoint_engine.load = load
+    return checkpoint_engine
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

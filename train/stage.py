@@ -1,0 +1,236 @@
+"""One alignment stage: who learns, the data, and the loop on the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from vlm_vision.adapters.lora import add_lora
+from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.train.align_config import Stage
+from vlm_vision.train.checkpoint import find_checkpoint
+from vlm_vision.train.conversations import Batch, ConversationDataset, Conversations, Sample, collate
+from vlm_vision.train.deepspeed_engine import (
+    engine_settings,
+    gradient_norm,
+    load_engine,
+    make_whole,
+    mean_over_ranks,
+    save_engine,
+    start_engine,
+)
+from vlm_vision.train.optim import (
+    apply_rules,
+    parameter_groups,
+    trainable_summary,
+    warmup_cosine,
+    warmup_steps,
+)
+from vlm_vision.train.pairs import EpochBatches, write_bad_list
+from vlm_vision.train.rules import matching_rule
+from vlm_vision.train.run import Run, check_finite
+from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
+
+
+def run_stage(
+    model: VisionLanguageModel, stage: Stage, seed: int, folder: Path, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train the model in place; afterwards it is whole on rank 0, with LoRA not merged yet.
+
+    Returns:
+        `parts` that learnt, and `figures`.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro_batch_size = _micro_batch_size(stage, world)
+    data = _open_data(model, stage)
+    total = stage.total_steps(len(data))
+    found = find_checkpoint(folder / "checkpoints", resume)
+    start = found[0] if found else 0
+    run = Run(folder, stage, resume_step=start)
+
+    _set_learning(model, stage)
+    summary = trainable_summary(model)
+    if run.is_main:
+        print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
+        for part, (count, everything) in summary.items():
+            print(f"  {part}: {count:,} of {everything:,} parameters learn")
+    parts = [part for part in PARTS if any(p.requires_grad for p in model.part(part).parameters())]
+    groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
+    schedule = warmup_cosine(optimizer, total, warmup_steps(total, total, stage.warmup))
+    learning = sum(count for count, _ in summary.values())
+    settings = engine_settings(stage, world, micro_batch_size, embedding_width(model.llm), learning)
+    engine = start_engine(model, optimizer, schedule, settings)
+    if found:
+        load_engine(engine, found[1])
+
+    bad = BadRecords(folder / "bad_samples.jsonl", data.conversations)
+    counts = torch.zeros(2, dtype=torch.long, device=engine.device)  # records replaced, texts truncated
+    began = time.perf_counter()
+    loss = float("nan")
+    engine.train()
+    bar = run.progress(total, stage.name, start=start)
+    for step, pieces in enumerate(
+        _loader(data, stage, seed, start, total, micro_batch_size), start=start + 1
+    ):
+        # Dropout draws from here; seeding by step makes a resumed run draw the same.
+        torch.manual_seed(seed * 1_000_003 + step * world + rank)
+        loss, grad_norm = _optimizer_step(engine, pieces, step)
+        for piece in pieces:
+            bad.note(piece.replaced)
+            counts += torch.tensor([len(piece.replaced), piece.truncated], device=engine.device)
+        bar.update()
+        if step % stage.log_every == 0 or step == total:
+            bar.set_postfix(loss=f"{loss:.3f}")
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=float(schedule.get_last_lr()[0]))
+        if stage.save_every and step % stage.save_every == 0 and step < total:
+            save_engine(engine, run.checkpoints, step)
+    bar.close()
+    run.close()
+    seconds = time.perf_counter() - began
+    make_whole(model)
+    engine.destroy()
+    dist.all_reduce(counts)
+    replaced, truncated = counts.tolist()
+    figures = {
+        "loss": loss,
+        "steps": total,
+        "seconds": round(seconds, 2),
+        "conversations_per_second": round((total - start) * stage.batch_size / seconds, 2),
+        "replaced": replaced,
+        "truncated": truncated,
+    }
+    if run.is_main and (replaced or truncated):
+        print(f"  {replaced} bad records replaced, {truncated} texts truncated at {stage.max_length} tokens")
+    return {"parts": parts, "figures": figures}
+
+
+class BadRecords:
+    """Lists records that were replaced, each once, and stops the run when there are too many."""
+
+    def __init__(self, path: Path, conversations: Conversations) -> None:
+        self.path, self.allowed = path, conversations.max_bad
+        self._listed: set[str] = set()
+        if path.is_file():
+            self._listed = {
+                json.loads(line)["error"] for line in path.read_text(encoding="utf-8").splitlines()
+            }
+        if dist.get_rank() == 0:
+            self.note(conversations.bad.items())
+
+    def note(self, replaced: Iterable[tuple[int, str]]) -> None:
+        """Add (record index, reason) pairs.
+
+        Raises:
+            DataError: more bad records than `max_bad_share` allows.
+        """
+        new = [reason for reason in dict(replaced).values() if reason not in self._listed]
+        if not new:
+            return
+        write_bad_list(self.path, new)
+        self._listed.update(new)
+        if len(self._listed) > self.allowed:
+            raise DataError(
+                f"{len(self._listed)} records cannot be used, max_bad_share allows {self.allowed}; "
+                f"they are listed in {self.path}"
+            )
+
+
+def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[float, float]:
+    """One optimizer step on this rank's pieces of the batch; (loss, gradient norm) of the whole batch.
+
+    The loss is the mean over all label tokens of the batch, however it is split over ranks and pieces.
+    """
+    labels = torch.tensor(float(sum(piece.num_labels for piece in pieces)), device=engine.device)
+    label_count = mean_over_ranks(labels) / len(pieces)
+    total = torch.zeros((), device=engine.device)
+    for number, piece in enumerate(pieces, start=1):
+        output = engine(
+            input_ids=piece.input_ids.to(engine.device),
+            attention_mask=piece.attention_mask.to(engine.device),
+            labels=piece.labels.to(engine.device),
+            pixels=None if piece.pixels is None else piece.pixels.to(engine.device),
+            label_count=label_count,
+        )
+        engine.backward(output.loss)
+        total += output.loss.detach() / len(pieces)
+        if number == len(pieces):
+            loss, grad_norm = float(mean_over_ranks(total)), gradient_norm(engine)
+            check_finite(loss, grad_norm or 0.0, step)
+        engine.step()
+    if grad_norm is None:
+        grad_norm = float(engine.get_global_grad_norm())
+        check_finite(loss, grad_norm, step)
+    return loss, grad_norm
+
+
+def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
+    """Put adapters in and set who learns."""
+    names = [name for name, _ in model.named_parameters()]
+    targets = [name for name in names if (rule := matching_rule(name, stage.learn)) and rule.learn == "lora"]
+    if targets:
+        add_lora(model, targets, stage.lora)
+    apply_rules(model, stage.learn)
+    if stage.activation_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _micro_batch_size(stage: Stage, world: int) -> int:
+    size = stage.micro_batch_size or stage.batch_size // world
+    if size == 0 or stage.batch_size % (size * world):
+        raise ConfigError(
+            f"stage {stage.name!r}: batch_size {stage.batch_size} does not divide into micro batches of "
+            f"{size} on {world} process(es)"
+        )
+    return size
+
+
+def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
+    context = getattr(model.llm.config, "max_position_embeddings", None)
+    if context is not None and stage.max_length > context:
+        raise ConfigError(
+            f"stage {stage.name!r}: max_length {stage.max_length} is more than the {context} positions "
+            "of the language model"
+        )
+    if model.tokens_per_image >= stage.max_length:
+        raise ConfigError(
+            f"stage {stage.name!r}: one picture takes {model.tokens_per_image} tokens, max_length is "
+            f"{stage.max_length}"
+        )
+    config = stage.data
+    conversations = Conversations(
+        config.file, config.image_folder, max_bad_share=config.max_bad_share, follow_links=config.follow_links
+    )
+    return ConversationDataset(
+        conversations,
+        model.chat,
+        model.vision_tower.image_processor,
+        max_length=stage.max_length,
+        too_long=config.too_long,
+    )
+
+
+def _loader(
+    data: ConversationDataset, stage: Stage, seed: int, start: int, stop: int, micro_batch_size: int
+) -> DataLoader[Any]:
+    """This rank's share of every batch from step `start` on, in pieces of the micro batch size."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return DataLoader(
+        data,
+        batch_sampler=EpochBatches(len(data), stage.batch_size, seed, start, stop, rank, world),
+        collate_fn=partial(_pieces, micro_batch_size=micro_batch_size, pad_id=data.chat.pad_id),
+        num_workers=stage.data.workers,
+    )
+
+
+def _pieces(samples: Sequence[Sample], micro_batch_size: int, pad_id: int) -> list[Batch]:
+    firsts = range(0, len(samples), micro_batch_size)
+    return [collate(samples[first : first + micro_batch_size], pad_id) for first in firsts]
