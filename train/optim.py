@@ -1,53 +1,16 @@
-"""Which parameters learn, with what learning rate: rules as data, turned into optimizer groups."""
+"""Rules turned into what an optimizer takes: who learns, groups with their rates, the schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_vision.config import Config
-from vlm_vision.errors import ConfigError, nearest
-
-
-class Rule(Config):
-    """Parameters whose dotted name matches `match` learn in the way `learn` says. The last matching rule wins.
-
-    Attributes:
-        match: shell pattern over parameter names, `*` crossing dots: `tower.*`, `*.ln_*`.
-        learn: `full` trains the weights, `frozen` does not, `lora` trains low-rank adapters put onto the
-            linear layers that match.
-        lr: peak learning rate; None takes the run's.
-        weight_decay: None takes the run's.
-    """
-
-    match: str
-    learn: Literal["full", "frozen", "lora"] = "full"
-    lr: float | None = None
-    weight_decay: float | None = None
-
-
-def matching_rule(name: str, rules: Sequence[Rule]) -> Rule | None:
-    """The last rule whose pattern matches a parameter's name, or None: what no rule names stays frozen."""
-    return next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
-
-
-def check_rules(names: Iterable[str], rules: Sequence[Rule]) -> None:
-    """Refuse a rule that names no parameter: a typo there would silently train nothing.
-
-    Raises:
-        ConfigError: names the pattern and the nearest parameter.
-    """
-    known = list(names)
-    for rule in rules:
-        if not any(fnmatchcase(name, rule.match) for name in known):
-            stem = rule.match.strip("*.")
-            prefixes = sorted({name.rsplit(".", n)[0] for name in known for n in range(name.count(".") + 1)})
-            raise ConfigError(f"rule {rule.match!r} matches no parameter{nearest(stem, prefixes)}")
+from vlm_vision.errors import ConfigError
+from vlm_vision.train.rules import Rule, base_name, check_rules, matching_rule
 
 
 def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
@@ -56,9 +19,9 @@ def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
     Raises:
         ConfigError: a rule matches nothing, or nothing at all would learn.
     """
-    check_rules((_base_name(name) for name, _ in model.named_parameters()), rules)
+    check_rules((base_name(name) for name, _ in model.named_parameters()), rules)
     for name, parameter in model.named_parameters():
-        rule = matching_rule(_base_name(name), rules)
+        rule = matching_rule(base_name(name), rules)
         learns = rule is not None and (rule.learn == "full" or (rule.learn == "lora" and ".lora_" in name))
         parameter.requires_grad_(learns)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -76,7 +39,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rule = matching_rule(_base_name(name), rules)
+        rule = matching_rule(base_name(name), rules)
         group_lr = lr if rule is None or rule.lr is None else rule.lr
         decay = weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
         if parameter.ndim < 2:
@@ -120,8 +83,3 @@ def trainable_summary(model: nn.Module) -> dict[str, tuple[int, int]]:
         count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty shard locally
         summary[part] = (learning + count * parameter.requires_grad, total + count)
     return summary
-
-
-def _base_name(name: str) -> str:
-    """A parameter's name before peft wrapped its layer, so that rules read the same with LoRA in place."""
-    return name.replace(".base_layer.", ".").split(".lora_")[0]

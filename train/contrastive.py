@@ -1,0 +1,253 @@
+"""The contrastive loop: from scratch, LoRA, or full, on one process or many (torchrun)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from vlm_vision.adapters.lora import add_lora, check_lora_gradients, merge_lora
+from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
+from vlm_vision.errors import ConfigError, DataError, require
+from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
+from vlm_vision.train.contrastive_config import ContrastiveConfig
+from vlm_vision.train.losses import info_nce_loss
+from vlm_vision.train.optim import apply_rules, parameter_groups, trainable_summary, warmup_cosine, warmup_steps
+from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
+from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
+from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.run import Run, check_finite, prepare_process
+from vlm_vision.train.validation import validate_dual_encoder
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv:2103.00020, section 2.5
+
+
+def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: bool = False) -> dict[str, float]:
+    """Train a dual encoder on pictures with captions and save it as `output/model`.
+
+    Args:
+        output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine.
+
+    Returns:
+        The last validation scores, or the last loss where nothing is validated.
+
+    Raises:
+        ConfigError: rules that name nothing, or a batch that does not fit the data.
+        DataError: data that cannot be read.
+        VlmVisionError: a loss that is not finite.
+    """
+    require("train", "datasets", "matplotlib", "peft", "tensorboard")
+    prepare_process(config.seed)
+    rank, world, device = _join_ranks()
+    found = find_checkpoint(Path(output) / "checkpoints", resume)
+    start = found[0] if found else 0
+    run = Run(output, config, resume_step=start)
+
+    model = load_dual_encoder(config.model if isinstance(config.model, str) else config.model.model_dump(mode="json"))
+    pairs = Pairs(config.data)
+    rules, lr = _prepare_learning(model, pairs, config, quiet=not run.is_main)
+    model.to(device)
+    if found:
+        _load_learnt(model, found[1])
+
+    total_steps = _total_steps(config, len(pairs))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, rules, lr=lr, weight_decay=config.weight_decay),
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+    schedule = warmup_cosine(optimizer, total_steps, warmup_steps(total_steps, config.warmup))
+    if found:
+        optimizer.load_state_dict(torch.load(found[1] / "optimizer.pt", map_location=device, weights_only=True))
+        schedule.load_state_dict(json.loads((found[1] / "schedule.json").read_text(encoding="utf-8")))
+
+    loader = _loader(model, pairs, config, start, total_steps, rank, world)
+    parallel: nn.Module = DistributedDataParallel(model) if world > 1 else model
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scores: dict[str, float] = {}
+    bad: list[str] = []
+    bar = run.progress(total_steps, "contrastive", start=start)
+    for step, batch in enumerate(loader, start=start + 1):
+        bad += _note_bad(batch, run, len(bad), max(step * config.batch_size, len(pairs)), config)
+        # Dropout draws from here; seeding by step makes a resumed run draw the same.
+        torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
+        _train_mode(model)
+        pixels = model.image_processor.normalise(batch.squares).to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            image, text, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
+        loss = info_nce_loss(image.float(), text.float(), logit_scale)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = nn.utils.clip_grad_norm_(learning, config.grad_clip)
+        if step == start + 1:
+            check_lora_gradients(model)
+        mean_loss = _mean_over_ranks(loss.detach(), world)
+        check_finite(float(mean_loss), float(grad_norm), step)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        bar.update()
+        if step % config.log_every == 0 or step == total_steps:
+            bar.set_postfix(loss=f"{float(mean_loss):.3f}")
+            run.log(
+                step,
+                loss=float(mean_loss),
+                grad_norm=float(grad_norm),
+                lr=schedule.get_last_lr()[0],
+                logit_scale=float(model.logit_scale.exp()),
+                accuracy=_batch_accuracy(image, text),
+            )
+        if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
+            save_checkpoint(run.checkpoints, step, lambda folder: _write(folder, model, optimizer, schedule))
+        every = config.validation.every
+        if run.is_main and every and step % every == 0 and step < total_steps:
+            run.log(step, **validate_dual_encoder(model, config.validation))
+    bar.close()
+    merge_lora(model)
+    model.eval()
+    if run.is_main:
+        model.save_pretrained(run.folder / "model")
+        scores = validate_dual_encoder(model, config.validation)
+        run.log(total_steps, **scores)
+    run.close()
+    _leave_ranks(world)
+    return scores or {"loss": float(mean_loss)}
+
+
+def _prepare_learning(
+    model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, *, quiet: bool
+) -> tuple[Sequence[Rule], float]:
+    """Choose the recipe, put adapters in, set who learns, and say so."""
+    names = [name for name, _ in model.named_parameters()]
+    recipe, reason = choose_recipe(config.recipe, pairs.num_pairs)
+    row = RECIPES[recipe]
+    rules = config.rules or applicable_rules(row.rules, names)
+    lr = config.lr or row.lr
+    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
+    if targets:
+        add_lora(model, targets, config.lora)
+    apply_rules(model, rules)
+    if quiet:
+        return rules, lr
+    print(f"recipe {recipe!r}: {reason}; peak learning rate {lr:g}" + ("" if config.lr else f" ({row.source})"))
+    if pairs.dropped:
+        print(f"{pairs.dropped} row(s) without a caption were left out")
+    for part, (count, total) in trainable_summary(model).items():
+        print(f"  {part}: {count:,} of {total:,} parameters learn")
+    if not config.rules and not row.changes_patches:
+        print("  the vision layers are frozen, so the patch features that a VLM reads stay as they are")
+    return rules, lr
+
+
+def _total_steps(config: ContrastiveConfig, size: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, round(config.epochs * (size // config.batch_size)))
+
+
+def _loader(
+    model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, start: int, stop: int, rank: int, world: int
+) -> DataLoader[Any]:
+    dataset = TrainingPairs(pairs, model.image_processor, model.tokenizer, config.augment, config.seed)
+    sampler = EpochBatches(len(pairs), config.batch_size, config.seed, start, stop, rank, world)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _train_mode(model: DualEncoder) -> None:
+    """Parts of which nothing learns stay in eval mode: no dropout, no moving batch statistics."""
+    model.train()
+    for part in (model.tower, model.text):
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()
+
+
+def _note_bad(batch: Batch, run: Run, before: int, seen: int, config: ContrastiveConfig) -> list[str]:
+    if batch.bad and run.is_main:
+        write_bad_list(run.folder / "bad_samples.jsonl", batch.bad)
+    count = before + len(batch.bad)
+    if count > config.data.max_bad_share * seen:
+        raise DataError(
+            f"{count} of {seen} pictures could not be read, more than max_bad_share {config.data.max_bad_share}; "
+            f"they are listed in {run.folder / 'bad_samples.jsonl'}"
+        )
+    return batch.bad
+
+
+def _batch_accuracy(image: Tensor, text: Tensor) -> float:
+    """Share of this rank's pictures whose own caption is the nearest of this rank's."""
+    nearest = (image.detach() @ text.detach().T).argmax(dim=1)
+    return float((nearest == torch.arange(len(image), device=image.device)).float().mean())
+
+
+def _learnt(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What differs from the weights a run started from: parameters that learn, and buffers."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+    buffers = dict(model.named_buffers())
+    yield from ((name, buffers[name]) for name in model.state_dict().keys() & buffers.keys())
+
+
+def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in _learnt(model)}, folder / "learnt.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
+    (folder / "schedule.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def _load_learnt(model: nn.Module, folder: Path) -> None:
+    state, wanted = load_file(folder / "learnt.safetensors"), dict(_learnt(model))
+    if state.keys() != wanted.keys():
+        raise ConfigError(f"{folder}: other parameters learnt there than in this config; start a new run instead")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(state[name])
+
+
+def _join_ranks() -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process; joins the group that torchrun describes, if any."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def _leave_ranks(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _mean_over_ranks(value: Tensor, world: int) -> Tensor:
+    if world > 1:
+        dist.all_reduce(value)
+        value /= world
+    return value

@@ -1,0 +1,56 @@
+"""Which parameters learn, as data: name patterns, each with its way of learning. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from vlm_vision.config import Config
+from vlm_vision.errors import ConfigError, nearest
+
+
+class Rule(Config):
+    """Parameters whose dotted name matches `match` learn in the way `learn` says. The last matching rule wins.
+
+    Attributes:
+        match: shell pattern over parameter names, `*` crossing dots: `tower.*`, `*.ln_*`.
+        learn: `full` trains the weights, `frozen` does not, `lora` trains low-rank adapters put onto the
+            linear layers that match.
+        lr: peak learning rate; None takes the run's.
+        weight_decay: None takes the run's.
+    """
+
+    match: str
+    learn: Literal["full", "frozen", "lora"] = "full"
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+def matching_rule(name: str, rules: Sequence[Rule]) -> Rule | None:
+    """The last rule whose pattern matches a parameter's name, or None: what no rule names stays frozen."""
+    return next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
+
+
+def matches(rule: Rule, names: Iterable[str]) -> bool:
+    """Whether a rule names at least one parameter."""
+    return any(fnmatchcase(name, rule.match) for name in names)
+
+
+def check_rules(names: Iterable[str], rules: Sequence[Rule]) -> None:
+    """Refuse a rule that names no parameter: a typo there would silently train nothing.
+
+    Raises:
+        ConfigError: names the pattern and the nearest parameter.
+    """
+    known = list(names)
+    for rule in rules:
+        if not matches(rule, known):
+            stem = rule.match.strip("*.")
+            prefixes = sorted({name.rsplit(".", n)[0] for name in known for n in range(name.count(".") + 1)})
+            raise ConfigError(f"rule {rule.match!r} matches no parameter{nearest(stem, prefixes)}")
+
+
+def base_name(name: str) -> str:
+    """A parameter's name before peft wrapped its layer, so that rules read the same with LoRA in place."""
+    return name.replace(".base_layer.", ".").split(".lora_")[0]
