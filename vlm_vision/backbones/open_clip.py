@@ -48,6 +48,7 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
             f"open_clip model {config.model!r} has a timm trunk, which this source does not read yet; "
             f"use timm:{architecture['vision_cfg']['timm_model_name']}"
         )
+    state = _weights(config, architecture) if load_weights else None
     visual = _build_vision_tower(
         architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(architecture)
     )
@@ -57,7 +58,6 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
         backbone = ResNetBackbone(visual, config, architecture, preprocess)
     else:
         backbone = VitBackbone(visual, config, architecture, preprocess)
-    state = _weights(config, architecture) if load_weights else None
     if state is not None:
         own = {
             name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")

@@ -208,11 +208,9 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
         model: nn.Module = model_class(model_config)
         return model
     try:
-        with (
-            _quiet()
-        ):  # its report of the text side's tensors reads like an error; what is wrong is raised below
+        with _quiet():  # its report of what is wrong is raised below, and the text side is not wrong
             model, report = model_class.from_pretrained(
-                weights, config=model_config, output_loading_info=True
+                weights, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # the hub, safetensors and torch each have their own family
         raise WeightsError(f"transformers:{weights}: weights cannot be loaded: {error}") from error
@@ -223,7 +221,10 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
             for name in report["unexpected_keys"]
             if not name.startswith(_TEXT_SIDE) and not name.endswith("position_ids")
         ],
-        "of another shape": [str(item) for item in report["mismatched_keys"]],
+        "of another shape": [
+            f"{name}: file has {tuple(found)}, model needs {tuple(needed)}"
+            for name, found, needed in report["mismatched_keys"]
+        ],
     }
     lines = [
         f"  {len(names)} {kind}: {', '.join(sorted(names)[:5])}" for kind, names in wrong.items() if names
