@@ -190,10 +190,12 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 def _weights_only(checkpoint_engine: Any) -> Any:
     """DeepSpeed's checkpoint reader, refusing pickled code: it reads with `weights_only=False` by itself."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
 
     checkpoint_engine.load = load
