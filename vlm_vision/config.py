@@ -195,20 +195,40 @@ def _explain(config_class: type[Config], tree: Any, path: str, group: Sequence[A
 
 def _owner(config_class: type[Config], tree: Any, loc: Iterable[Any]) -> type[Config] | None:
     """The config class that owns the node at `loc`."""
-    owner: Any = config_class
+    annotation: Any = config_class
     for part in loc:
-        tree = _descend(tree, part)
-        if isinstance(part, int):  # an item of a list, whose class the list's annotation already gave
-            continue
-        if isinstance(owner, type) and issubclass(owner, Config):
-            field = owner.model_fields.get(str(part))
-            if field is None:
-                return None
-            owner = _node_class(field.annotation, tree, field.metadata)
-        else:
-            owner = _node_class(owner, tree)
-    owner = _node_class(owner, tree)
-    return owner if isinstance(owner, type) and issubclass(owner, Config) else None
+        annotation, tree = _inside(annotation, tree, part), _descend(tree, part)
+    return _class_of(annotation, tree)
+
+
+def _class_of(annotation: Any, node: Any) -> type[Config] | None:
+    """The Config class behind a node's annotation: a variant by its name, one arm of a union."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        variant = next((marker for marker in metadata if hasattr(marker, "class_of")), None)
+        return variant.class_of(node) if variant else _class_of(inner, node)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for arm in get_args(annotation) if (found := _class_of(arm, node))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _inside(annotation: Any, node: Any, part: Any) -> Any:
+    """The annotation of what a node holds at `part`: a field, or an item of a list or mapping."""
+    owner = _class_of(annotation, node)
+    if owner is not None:
+        field = owner.model_fields.get(str(part))
+        if field is None or not field.metadata:
+            return field and field.annotation
+        annotated: Any = Annotated
+        parts = (field.annotation, *field.metadata)
+        return annotated[parts]
+    if get_origin(annotation) is Annotated:
+        return _inside(get_args(annotation)[0], node, part)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for arm in get_args(annotation) if (found := _inside(arm, node, part))), None)
+    if get_origin(annotation) in (list, tuple):
+        return get_args(annotation)[0]
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
 
 
 def _descend(tree: Any, part: Any) -> Any:
@@ -217,20 +237,3 @@ def _descend(tree: Any, part: Any) -> Any:
     if isinstance(tree, (list, tuple)) and isinstance(part, int) and part < len(tree):
         return tree[part]
     return None
-
-
-def _node_class(annotation: Any, tree: Any, metadata: Iterable[Any] = ()) -> Any:
-    """The Config class behind an annotation: a variant by its name, a list's item, one arm of a union."""
-    for marker in metadata:
-        if hasattr(marker, "class_of"):
-            return marker.class_of(tree)
-    if get_origin(annotation) is Annotated:
-        inner, *inner_metadata = get_args(annotation)
-        return _node_class(inner, tree, inner_metadata)
-    if get_origin(annotation) in (Union, types.UnionType, list, tuple, dict):
-        for arm in reversed(get_args(annotation)):
-            found = _node_class(arm, tree)
-            if isinstance(found, type) and issubclass(found, Config):
-                return found
-        return None
-    return annotation
