@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vlm_vision import VisionTower, load_tower
+from vlm_vision import DualEncoder, VisionTower, load_dual_encoder, load_tower
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), "white": (240, 240, 240)}
 WORDS = ("what", "colour", "is", "it", "the", "a", "picture", "of", "?", "x", *COLOURS)
@@ -110,3 +110,23 @@ def colour_records(folder: Path, count: int = 16, text_only: int = 0) -> Path:
         records.append(record)
     (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
     return folder / "train.json"
+
+
+def tiny_dual_encoder() -> DualEncoder:
+    """The tiny tower with a text tower of width 32; the same weights every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return load_dual_encoder(TOWER)
+
+
+def captioned_pictures(folder: Path, count: int = 16) -> Path:
+    """Plain coloured pictures in `folder`, each with the name of its colour, in `folder/train.csv`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["image,caption"]
+    for number in range(count):
+        name, colour = list(COLOURS.items())[number % len(COLOURS)]
+        shade = tuple(max(0, level - number) for level in colour)  # no two pictures are the same
+        Image.new("RGB", (40, 36), shade).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,a {name} picture")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "train.csv"

@@ -22,7 +22,13 @@ from vlm_vision.errors import ConfigError, DataError, require
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.losses import info_nce_loss
-from vlm_vision.train.optim import apply_rules, parameter_groups, trainable_summary, warmup_cosine, warmup_steps
+from vlm_vision.train.optim import (
+    apply_rules,
+    parameter_groups,
+    trainable_summary,
+    warmup_cosine,
+    warmup_steps,
+)
 from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
 from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
 from vlm_vision.train.rules import Rule, matching_rule
@@ -32,7 +38,9 @@ from vlm_vision.train.validation import validate_dual_encoder
 MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv:2103.00020, section 2.5
 
 
-def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: bool = False) -> dict[str, float]:
+def train_contrastive(
+    config: ContrastiveConfig, output: str | Path, *, resume: bool = False
+) -> dict[str, float]:
     """Train a dual encoder on pictures with captions and save it as `output/model`.
 
     Args:
@@ -53,7 +61,9 @@ def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: 
     start = found[0] if found else 0
     run = Run(output, config, resume_step=start)
 
-    model = load_dual_encoder(config.model if isinstance(config.model, str) else config.model.model_dump(mode="json"))
+    model = load_dual_encoder(
+        config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
+    )
     pairs = Pairs(config.data)
     rules, lr = _prepare_learning(model, pairs, config, quiet=not run.is_main)
     model.to(device)
@@ -69,7 +79,9 @@ def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: 
     )
     schedule = warmup_cosine(optimizer, total_steps, warmup_steps(total_steps, config.warmup))
     if found:
-        optimizer.load_state_dict(torch.load(found[1] / "optimizer.pt", map_location=device, weights_only=True))
+        optimizer.load_state_dict(
+            torch.load(found[1] / "optimizer.pt", map_location=device, weights_only=True)
+        )
         schedule.load_state_dict(json.loads((found[1] / "schedule.json").read_text(encoding="utf-8")))
 
     loader = _loader(model, pairs, config, start, total_steps, rank, world)
@@ -95,6 +107,7 @@ def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: 
         mean_loss = _mean_over_ranks(loss.detach(), world)
         check_finite(float(mean_loss), float(grad_norm), step)
         optimizer.step()
+        used_lr = schedule.get_last_lr()[0]
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -105,8 +118,8 @@ def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: 
                 step,
                 loss=float(mean_loss),
                 grad_norm=float(grad_norm),
-                lr=schedule.get_last_lr()[0],
-                logit_scale=float(model.logit_scale.exp()),
+                lr=used_lr,
+                logit_scale=model.logit_scale.exp().item(),
                 accuracy=_batch_accuracy(image, text),
             )
         if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
@@ -120,7 +133,8 @@ def train_contrastive(config: ContrastiveConfig, output: str | Path, *, resume: 
     if run.is_main:
         model.save_pretrained(run.folder / "model")
         scores = validate_dual_encoder(model, config.validation)
-        run.log(total_steps, **scores)
+        if scores:
+            run.log(total_steps, **scores)
     run.close()
     _leave_ranks(world)
     return scores or {"loss": float(mean_loss)}
@@ -141,7 +155,9 @@ def _prepare_learning(
     apply_rules(model, rules)
     if quiet:
         return rules, lr
-    print(f"recipe {recipe!r}: {reason}; peak learning rate {lr:g}" + ("" if config.lr else f" ({row.source})"))
+    print(
+        f"recipe {recipe!r}: {reason}; peak learning rate {lr:g}" + ("" if config.lr else f" ({row.source})")
+    )
     if pairs.dropped:
         print(f"{pairs.dropped} row(s) without a caption were left out")
     for part, (count, total) in trainable_summary(model).items():
@@ -222,7 +238,9 @@ def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sch
 def _load_learnt(model: nn.Module, folder: Path) -> None:
     state, wanted = load_file(folder / "learnt.safetensors"), dict(_learnt(model))
     if state.keys() != wanted.keys():
-        raise ConfigError(f"{folder}: other parameters learnt there than in this config; start a new run instead")
+        raise ConfigError(
+            f"{folder}: other parameters learnt there than in this config; start a new run instead"
+        )
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(state[name])

@@ -51,7 +51,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(
+            memory_format=torch.contiguous_format
+        )  # autograd may hold on to what it passes
         dist.all_reduce(gradient, group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.count
         return gradient[start : start + ctx.count], None

@@ -1,36 +1,53 @@
-"""One rank of the contrastive checks: gradients of a shared batch, then a whole run. Rank 0 writes them down."""
+"""One rank of the contrastive checks; rank 0 writes what was found into a folder.
+
+`gradients` averages the gradients of a shared batch over the ranks, by our loss and by open_clip's;
+`run` trains on the pictures of a folder.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 import torch.distributed as dist
-from open_clip.loss import ClipLoss
 from safetensors.torch import save_file
-from tiny import tiny_dual_encoder
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_vision.config import load_config
-from vlm_vision.train.contrastive import train_contrastive
-from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.losses import info_nce_loss
 
 
-def batch(pairs: int = 8) -> tuple[Tensor, Tensor]:
-    """Random pixels and token ids for the tiny dual encoder, in double precision."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(pairs, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return pixels, torch.randint(1, 1000, (pairs, 16), generator=generator)
+class TwoTowers(nn.Module):
+    """The smallest dual encoder: one layer a side and the log of the scale, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(6, 5), nn.Linear(7, 5)
+        self.logit_scale = nn.Parameter(torch.tensor(2.3))
+        self.double()
+
+    def forward(self, pictures: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image, text = self.image(pictures), self.text(captions)
+        return normalize(image, dim=-1), normalize(text, dim=-1), self.logit_scale.exp()
 
 
-def run_config(data: str) -> ContrastiveConfig:
-    tree: dict[str, Any] = {
+def batch(pairs: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randn(pairs, 13, generator=generator, dtype=torch.float64)
+    return numbers[:, :6], numbers[:, 6:]
+
+
+def run_config(data: str) -> Any:
+    """A run whose batches are whole at 1, 2 and 4 ranks."""
+    from vlm_vision.config import load_config
+    from vlm_vision.train.contrastive_config import ContrastiveConfig
+
+    tree = {
         "model": f"{data}/model",
         "data": {"path": f"{data}/train.csv"},
         "recipe": "scratch",
@@ -45,30 +62,35 @@ def run_config(data: str) -> ContrastiveConfig:
     return load_config(ContrastiveConfig, tree)
 
 
-def gradients(model: torch.nn.Module, loss_function: Any) -> dict[str, Tensor]:
-    """Of this rank's share of the batch, averaged over ranks by data-parallel training; and the mean loss."""
-    pixels, tokens = batch()
+def gradients(loss_function: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Mean loss and gradients over ranks, each of which sees its share of the batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model.zero_grad()
-    loss = loss_function(*DistributedDataParallel(model)(pixels.chunk(world)[rank], tokens.chunk(world)[rank]))
+    model = TwoTowers()
+    parallel = DistributedDataParallel(model)
+    loss = loss_function(*parallel(*(side.chunk(world)[rank] for side in batch())))
     loss.backward()
     mean_loss = loss.detach() / world
     dist.all_reduce(mean_loss)
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    return {"loss": mean_loss, **found}
+    return {"loss": mean_loss, **{name: parameter.grad for name, parameter in model.named_parameters()}}
 
 
-def main(data: str, output: Path) -> None:
+def main(task: str, data: str, output: Path) -> None:
     dist.init_process_group("gloo")
-    model = tiny_dual_encoder().double()
     rank, world = dist.get_rank(), dist.get_world_size()
-    theirs = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-    for name, loss_function in (("ours", info_nce_loss), ("open_clip", theirs)):
-        found = gradients(model, loss_function)
-        if rank == 0:
-            save_file(found, output / f"{name}.safetensors")
-    train_contrastive(run_config(data), output / "run")
+    found = {"ours": gradients(info_nce_loss)}
+    if task == "run":
+        from open_clip.loss import ClipLoss
+
+        found["open_clip"] = gradients(
+            ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+        )
+        from vlm_vision.train.contrastive import train_contrastive
+
+        train_contrastive(run_config(data), output / "run")
+    if rank == 0:
+        for name, tensors in found.items():
+            save_file(tensors, output / f"{name}.safetensors")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
