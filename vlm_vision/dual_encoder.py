@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ class DualEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "c e"], Float[Tensor, ""]]:
         """Image embeddings, text embeddings, and the factor on their similarities."""
         return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp()
+
+    def fingerprint(self) -> str:
+        """What tells this model's embeddings from another's: a hash of its weights and its preprocessing."""
+        digest = sha256(repr(self.image_processor.config).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads, and `VisionTower.from_pretrained` too."""

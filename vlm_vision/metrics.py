@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def top1_accuracy(scores: Float[Tensor, "n c"], targets: Int[Tensor, n]) -> float:
+def top1_accuracy(scores: Float[Tensor, "n c"], targets: Int[Tensor, " n"]) -> float:
     """Share of rows whose highest score is at their target."""
     return float((scores.argmax(dim=1) == targets).float().mean())
 

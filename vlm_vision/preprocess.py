@@ -21,6 +21,7 @@ from vlm_vision.tower_config import PreprocessConfig
 
 Picture = Image.Image | str | Path
 
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
 _RESAMPLING = {
@@ -62,6 +63,20 @@ def open_image(source: Picture | bytes | IO[bytes]) -> Image.Image:
     except Exception as error:  # each of Pillow's decoders has its own family of errors
         raise DataError(f"{name}: the picture cannot be decoded: {error}") from error
     return _to_rgb(image, name)
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Picture files of a folder and its subfolders by their suffix, in the order of their names.
+
+    Raises:
+        DataError: no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"folder {str(folder)!r} does not exist")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not found:
+        raise DataError(f"{folder}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
 
 
 def _check_size(image: Image.Image, name: object) -> None:

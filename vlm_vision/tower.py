@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +16,7 @@ from vlm_vision.backbone import Backbone
 from vlm_vision.config import load_config, validate
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.features import resolve_layers, select_tokens
+from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower_config import BACKBONES, TowerConfig
 from vlm_vision.weights import load_strict, read_state_dict
@@ -264,29 +262,21 @@ def saved_folder(source: object) -> Path | None:
 def save_folder(
     folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], processor: ImageProcessor
 ) -> None:
-    """Write a model folder beside its place and rename it there, so that it is complete or absent."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Write a model folder, complete or absent.
+
+    Raises:
+        WeightsError: a tensor is empty.
+    """
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise WeightsError(
             f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first"
         )
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
+    with whole_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            partial / WEIGHTS_FILE,
-            {"format": "pt"},
-        )
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, partial / WEIGHTS_FILE, {"format": "pt"})
         processor.save_pretrained(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def resolve_folder(source: str | Path) -> Path:

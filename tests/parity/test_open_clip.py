@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlm_vision import DualEncoder, VisionTower, load_dual_encoder, load_tower
+from vlm_vision import DualEncoder, VisionTower, ZeroShotClassifier, load_dual_encoder, load_tower
 from vlm_vision.errors import ConfigError, WeightsError
 
 TINY = {
@@ -207,6 +207,21 @@ def test_coca_embeddings_equal_open_clips(tmp_path: Path) -> None:
     pixels, tokens = torch.randn(2, 3, 32, 32), ours.tokenizer(WORDS)
     assert worst(ours.encode_image(pixels), model.encode_image(pixels)) <= 1e-6  # measured 0
     assert worst(ours.encode_text(tokens), model.encode_text(tokens)) <= 1e-6  # measured 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "templates", [["a photo of a {}."], ["a photo of a {}.", "a {} in a video game", "{}"]]
+)
+def test_class_embeddings_equal_open_clips(
+    templates: list[str], tiny: open_clip.CLIP, tiny_file: Path
+) -> None:
+    classes = [f"{colour} {shape}" for colour in ("red", "blue", "green") for shape in ("cat", "dog", "car")]
+    model = load_dual_encoder({"backbone": node(tiny_file)})
+    formats = [template.format for template in templates]
+    theirs = open_clip.build_zero_shot_classifier(tiny, model.tokenizer, classes, formats, 4)  # [E,C]
+    ours = ZeroShotClassifier(model, classes, templates).class_embeddings
+    assert worst(ours.T, theirs) <= 1e-6  # measured 6e-8
 
 
 # Loading ---------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "vlm_vision.backbone",
         "vlm_vision.features",
+        "vlm_vision.files",
         "vlm_vision.preprocess",
+        "vlm_vision.progress",
         "vlm_vision.text",
         "vlm_vision.tower",
         "vlm_vision.weights",
@@ -35,7 +37,6 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "vlm_vision.dual_encoder",
         "vlm_vision.metrics",
-        "vlm_vision.progress",
         "vlm_vision.search",
         "vlm_vision.testing",
         "vlm_vision.zero_shot",
@@ -43,7 +44,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision",),
     ("vlm_vision.adapters",),
     ("vlm_vision.train",),
-    ("vlm_vision.cli",),
+    ("vlm_vision.cli", "vlm_vision.commands"),
 )
 # A backbone config builds its backbone, a lazy name loads its module: by name, when asked, not on import.
 HEAVY = {
