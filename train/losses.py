@@ -21,7 +21,7 @@ def info_nce_loss(
     """Symmetric InfoNCE (CLIP, arXiv:2103.00020, figure 3): mean of both directions' cross-entropies.
 
     Negatives come from all ranks of the group, with gradients. Each rank scores its own rows against every
-    column, so that gradients averaged over ranks, as data-parallel training does, are those of the full batch.
+    column, so that gradients averaged over ranks, as data-parallel training does, are the full batch's.
     Equals `open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True)`.
 
     Args:

@@ -26,19 +26,32 @@ _TEMPERATURE = Rule(match="logit_scale")
 RECIPES: dict[str, RecipeRow] = {
     "scratch": RecipeRow((Rule(match="*"),), 5e-4, "open_clip's default", changes_patches=True),
     "frozen_vision": RecipeRow(
-        # The head's projection: `visual.proj` of a ViT, `visual.attnpool.c_proj` of a ModifiedResNet.
-        (Rule(match="text.*"), Rule(match="*visual*proj*"), Rule(match="tower.*resblocks*", learn="frozen"), _TEMPERATURE),
+        (
+            Rule(match="text.*"),
+            Rule(match="tower.*.visual.proj"),  # of a ViT
+            Rule(match="tower.*.visual.attnpool.c_proj.*"),  # of a ModifiedResNet
+            _TEMPERATURE,
+        ),
         1e-5,
         "CoCa's fine-tuning in open_clip's README",
         changes_patches=False,
     ),
     "lora": RecipeRow(
-        (Rule(match="tower.*", learn="lora"), Rule(match="text.*", learn="lora"), _TEMPERATURE),
+        (
+            Rule(match="tower.*", learn="lora"),
+            Rule(match="text.*", learn="lora"),
+            Rule(match="tower.*.visual.conv1.*", learn="frozen"),  # of pixels
+            # A ModifiedResNet's pooling reads its layers' weights past any adapter.
+            Rule(match="tower.*.visual.attnpool.*", learn="frozen"),
+            _TEMPERATURE,
+        ),
         2e-4,
         "CLIP-LoRA, arXiv:2405.18541",
         changes_patches=True,
     ),
-    "full": RecipeRow((Rule(match="*"),), 1e-5, "between Long-CLIP's 1e-6 and WiSE-FT's 3e-5", changes_patches=True),
+    "full": RecipeRow(
+        (Rule(match="*"),), 1e-5, "between Long-CLIP's 1e-6 and WiSE-FT's 3e-5", changes_patches=True
+    ),
 }
 
 
@@ -54,6 +67,6 @@ def choose_recipe(asked: Recipe, pairs: int) -> tuple[str, str]:
 
 
 def applicable_rules(rules: Iterable[Rule], names: Iterable[str]) -> tuple[Rule, ...]:
-    """A recipe's rules without those that speak of parts this model does not have (a ResNet has no resblocks)."""
+    """A recipe's rules without those that speak of parts this model does not have."""
     known = list(names)
     return tuple(rule for rule in rules if matches(rule, known))

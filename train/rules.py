@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -11,12 +12,12 @@ from vlm_vision.errors import ConfigError, nearest
 
 
 class Rule(Config):
-    """Parameters whose dotted name matches `match` learn in the way `learn` says. The last matching rule wins.
+    """Parameters whose dotted name matches `match` learn in the way `learn` says. The last such rule wins.
 
     Attributes:
         match: shell pattern over parameter names, `*` crossing dots: `tower.*`, `*.ln_*`.
         learn: `full` trains the weights, `frozen` does not, `lora` trains low-rank adapters put onto the
-            linear layers that match.
+            linear layers and convolutions whose weight matches.
         lr: peak learning rate; None takes the run's.
         weight_decay: None takes the run's.
     """
@@ -52,5 +53,6 @@ def check_rules(names: Iterable[str], rules: Sequence[Rule]) -> None:
 
 
 def base_name(name: str) -> str:
-    """A parameter's name before peft wrapped its layer, so that rules read the same with LoRA in place."""
-    return name.replace(".base_layer.", ".").split(".lora_")[0]
+    """A parameter's name before LoRA changed its layer: rules read the same with adapters in place."""
+    name = re.sub(r"\.lora_\w+\.\w+\.", ".", name).replace(".base_layer.", ".")
+    return re.sub(r"\.in_proj\.[qkv]_proj\.", ".in_proj_", name)
