@@ -39,7 +39,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "orange": (0.085, 0.98, 0.98),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, float] = {"small": 0.115, "large": 0.175}  # radius as a share of the picture
+SIZES: dict[str, float] = {"small": 0.15, "large": 0.205}  # radius as a share of the picture
 PAIRS: tuple[Pair, ...] = tuple(product(COLOURS, SHAPES))
 
 # Never in a picture, caption or question for training. No two share a colour or a shape: those stay common.
@@ -51,13 +51,9 @@ UNSEEN_PAIRS: tuple[Pair, ...] = (
 )
 SEEN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
-# Objects stand near the nodes of a 3 by 3 grid: a place has one name, and left is never a matter of a pixel.
-GRID = (0.2, 0.5, 0.8)
-PLACES = (
-    ("at the top left", "at the top", "at the top right"),
-    ("on the left", "in the middle", "on the right"),
-    ("at the bottom left", "at the bottom", "at the bottom right"),
-)
+# Objects stand near the nodes of a 2 by 2 grid: a place has one name, and left is never a matter of a pixel.
+GRID = (0.27, 0.73)
+PLACES = (("at the top left", "at the top right"), ("at the bottom left", "at the bottom right"))
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 SPLITS: tuple[Split, ...] = ("train", "val", "unseen", "classes")
 MAX_OBJECTS = 3
@@ -218,10 +214,10 @@ def sample_scene(rng: np.random.Generator, pairs: Sequence[Pair]) -> Scene:
 
 def _sample_object(rng: np.random.Generator, colour: str, shape: str) -> SceneObject:
     size = pick(rng, tuple(SIZES))
-    row, column = (int(i) for i in rng.integers(3, size=2))
+    row, column = (int(i) for i in rng.integers(len(GRID), size=2))
     radius = SIZES[size] * rng.uniform(0.94, 1.06)
     margin = 1.15 * radius + 0.01  # the longest outline, a star's
-    y, x = (min(max(GRID[i] + rng.uniform(-0.05, 0.05), margin), 1 - margin) for i in (row, column))
+    y, x = (min(max(GRID[i] + rng.uniform(-0.04, 0.04), margin), 1 - margin) for i in (row, column))
     hue, saturation, value = COLOURS[colour]
     rgb = _rgb(
         hue + rng.uniform(-0.01, 0.01),
