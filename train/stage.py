@@ -83,6 +83,7 @@ def run_stage(
     ):
         # Dropout draws from here; seeding by step makes a resumed run draw the same.
         torch.manual_seed(seed * 1_000_003 + step * world + rank)
+        rate = float(schedule.get_last_lr()[0])
         loss, grad_norm = _optimizer_step(engine, pieces, step)
         for piece in pieces:
             bad.note(piece.replaced)
@@ -90,7 +91,7 @@ def run_stage(
         bar.update()
         if step % stage.log_every == 0 or step == total:
             bar.set_postfix(loss=f"{loss:.3f}")
-            run.log(step, loss=loss, grad_norm=grad_norm, lr=float(schedule.get_last_lr()[0]))
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=rate)
         if stage.save_every and step % stage.save_every == 0 and step < total:
             save_engine(engine, run.checkpoints, step)
     bar.close()

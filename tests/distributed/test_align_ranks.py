@@ -32,15 +32,15 @@ def launch(ranks: int, data: Path, output: Path) -> dict[str, Any]:
         "TORCH_EXTENSIONS_DIR": str(output / "jit"),
     }
     output.mkdir()
-    finished = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(data), str(output)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    command = [sys.executable, *launcher, str(WORKER), str(data), str(output)]
+    with (output / "log").open("w+") as log:
+        worker = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
+        try:
+            code = worker.wait(timeout=150)
+        finally:
+            worker.terminate()  # torchrun then ends its ranks, which a kill would leave behind
+            worker.wait(timeout=60)
+        assert code == 0, (output / "log").read_text()[-4000:]
     assert not (output / "jit").exists(), "DeepSpeed compiled something"
     results: dict[str, Any] = json.loads((output / "results.json").read_text())
     return results
@@ -69,7 +69,7 @@ def test_losses_agree_over_zero_stages_and_ranks(results: dict[int, dict[str, An
     assert reference[-1] < reference[0]
     for ranks in (1, 2):
         for zero_stage in (0, 1, 2, 3):
-            # Worst difference measured: see below.
+            # Worst difference measured: 2.4e-7.
             assert results[ranks][f"zero{zero_stage}"]["losses"] == pytest.approx(reference, abs=1e-5)
 
 
@@ -80,10 +80,15 @@ def test_saved_weights_are_whole_and_agree(results: dict[int, dict[str, Any]]) -
             found = results[ranks][f"zero{zero_stage}"]["weights"]
             for part, (tensors, elements, magnitude) in reference.items():
                 assert found[part][:2] == [tensors, elements]
-                assert found[part][2] == pytest.approx(magnitude, rel=1e-5)
+                # Worst difference measured: 5.2e-9.
+                assert found[part][2] == pytest.approx(magnitude, rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_resume_is_exact(results: dict[int, dict[str, Any]], ranks: int, zero_stage: int) -> None:
-    assert results[ranks][f"saved{zero_stage}_resumed"] == results[ranks][f"saved{zero_stage}"]
+    through, resumed = (results[ranks][f"saved{zero_stage}{suffix}"] for suffix in ("", "_resumed"))
+    # Measured equal; the room is for memory alignment, by which sums on a CPU may differ in the last bit.
+    assert resumed["losses"] == pytest.approx(through["losses"], abs=1e-6)
+    for part, (*_, magnitude) in through["weights"].items():
+        assert resumed["weights"][part][2] == pytest.approx(magnitude, rel=1e-7)

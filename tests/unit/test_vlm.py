@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import colour_records, tiny_llm, tiny_tokenizer, tiny_tower
+
+from vlm_vision.adapters import build_projector
+from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.train.conversations import Batch, ConversationDataset, Conversations, Turn, collate
+from vlm_vision.train.evaluate import (
+    Answer,
+    answer_questions,
+    caption_loss,
+    normalise,
+    swapped_pictures,
+    vqa_accuracy,
+)
+from vlm_vision.train.vlm import VisionLanguageModel, load_llm, load_tokenizer, token_grid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vlm")
+    tiny_llm(folder / "llm")
+    colour_records(folder, 8, text_only=2)
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> VisionLanguageModel:
+    return build(folder)
+
+
+def build(folder: Path, projector: object = "mlp2x_gelu", **tower: object) -> VisionLanguageModel:
+    eye = tiny_tower(**tower)
+    torch.manual_seed(0)
+    connector = build_projector(projector, eye.hidden_size, 32, token_grid(eye))  # type: ignore[arg-type]
+    return VisionLanguageModel(
+        eye, connector, load_llm(folder / "llm"), load_tokenizer(folder / "llm")
+    ).eval()
+
+
+@pytest.fixture
+def conversations(folder: Path) -> Conversations:
+    return Conversations(folder / "train.json", folder / "images")
+
+
+def batch_of(model: VisionLanguageModel, conversations: Conversations, *indices: int) -> Batch:
+    data = ConversationDataset(conversations, model.chat, model.vision_tower.image_processor, max_length=64)
+    return collate([data[index] for index in indices], model.chat.pad_id)
+
+
+# ---- forward
+
+
+def test_splice_puts_every_picture_where_its_tokens_stand(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    batch = batch_of(model, conversations, 0, 6, 1)  # picture, text, picture
+    embeddings = model.embed(batch.input_ids, batch.pixels)
+    assert batch.pixels is not None
+    pictures = iter(model.image_tokens(batch.pixels))
+    table = model.llm.get_input_embeddings().weight
+    for row, ids in zip(embeddings, batch.input_ids.tolist(), strict=True):
+        tokens = iter(next(pictures)) if -200 in ids else iter(())
+        for embedding, token in zip(row, ids, strict=True):
+            expected = next(tokens) if token == -200 else table[token]
+            assert torch.equal(embedding, expected)
+        assert next(tokens, None) is None
+
+
+def test_loss_is_transformers_own(model: VisionLanguageModel, conversations: Conversations) -> None:
+    batch = batch_of(model, conversations, *range(8))
+    output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels)
+    reference = model.llm(
+        inputs_embeds=model.embed(batch.input_ids, batch.pixels),
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+    )
+    # Worst difference measured: 0.
+    assert output.loss.item() == pytest.approx(reference.loss.item(), abs=1e-6)
+    learnt = torch.nn.functional.pad(batch.labels[:, 1:] != -100, (0, 1))
+    assert output.logits.shape == (batch.num_labels, reference.logits.shape[-1])
+    torch.testing.assert_close(output.logits, reference.logits[learnt], atol=1e-6, rtol=0)
+    whole = model(batch.input_ids, batch.attention_mask, pixels=batch.pixels)
+    assert whole.loss is None
+    torch.testing.assert_close(whole.logits, reference.logits, atol=0, rtol=0)
+
+
+def test_one_label_count_makes_pieces_add_up_to_the_whole(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    whole = batch_of(model, conversations, 0, 1, 6)
+    pieces = [batch_of(model, conversations, *part) for part in ((0,), (1, 6))]
+    loss = model(whole.input_ids, whole.attention_mask, whole.labels, whole.pixels).loss
+    parts = [model(p.input_ids, p.attention_mask, p.labels, p.pixels, whole.num_labels).loss for p in pieces]
+    assert sum(parts).item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_padding_changes_nothing(model: VisionLanguageModel, conversations: Conversations) -> None:
+    alone, padded = batch_of(model, conversations, 6), batch_of(model, conversations, 6, 0)
+    short = model(alone.input_ids, alone.attention_mask).logits[0]
+    long = model(padded.input_ids, padded.attention_mask, pixels=padded.pixels).logits[0, : len(short)]
+    torch.testing.assert_close(long, short, atol=2e-6, rtol=0)  # worst difference measured: 2.4e-7
+
+
+def test_equals_transformers_llava_with_the_same_weights(folder: Path, conversations: Conversations) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from vlm_vision import load_tower
+
+    llm = load_llm(folder / "llm")
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=32,
+    )
+    image_token = llm.config.vocab_size
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config={**llm.config.to_dict(), "vocab_size": image_token + 1},
+            image_token_index=image_token,
+        )
+    ).eval()
+    with torch.no_grad():
+        llava.get_input_embeddings().weight[:image_token] = llm.get_input_embeddings().weight
+        llava.lm_head.weight[:image_token] = llm.lm_head.weight
+    rest = {name: value for name, value in llm.model.state_dict().items() if "embed_tokens" not in name}
+    llava.model.language_model.load_state_dict(rest, strict=False)
+    llava.model.vision_tower.save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "clip"
+    )
+    tower = load_tower(f"transformers:{folder / 'clip'}")
+    projector = build_projector("mlp2x_gelu", 64, 32, tower.grid)
+    theirs = llava.model.multi_modal_projector
+    for ours, layer in ((projector[0], theirs.linear_1), (projector[2], theirs.linear_2)):  # type: ignore[index]
+        ours.load_state_dict(layer.state_dict())
+    model = VisionLanguageModel(tower, projector, llm, tiny_tokenizer()).eval()
+
+    batch = batch_of(model, conversations, 0, 1, 2)
+    ids = batch.input_ids.masked_fill(batch.input_ids == -200, image_token)
+    expected = llava(input_ids=ids, attention_mask=batch.attention_mask, pixel_values=batch.pixels).logits
+    logits = model(batch.input_ids, batch.attention_mask, pixels=batch.pixels).logits
+    # Worst difference measured: 0.
+    torch.testing.assert_close(logits, expected[..., :image_token], atol=1e-5, rtol=0)
+
+
+def test_text_alone_reaches_every_module_and_changes_nothing(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    batch = batch_of(model, conversations, 6, 7)
+    quiet = model(batch.input_ids, batch.attention_mask, batch.labels).loss
+    model.train()
+    loss = model(batch.input_ids, batch.attention_mask, batch.labels).loss
+    assert torch.equal(loss, quiet)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in model.vision_tower.parameters())
+
+
+def test_pictures_that_do_not_match_their_tokens_are_refused(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    batch = batch_of(model, conversations, 0, 1)
+    assert batch.pixels is not None
+    with pytest.raises(DataError, match="32 image tokens in the text, but 1 pictures of 16 tokens"):
+        model(batch.input_ids, batch.attention_mask, pixels=batch.pixels[:1])
+    with pytest.raises(DataError, match="but 0 pictures"):
+        model(batch.input_ids, batch.attention_mask)
+
+
+def test_gradients_stop_at_a_frozen_tower(model: VisionLanguageModel, conversations: Conversations) -> None:
+    batch = batch_of(model, conversations, 0)
+    assert batch.pixels is not None
+    model.vision_tower.requires_grad_(False)
+    model.train()
+    assert not model.vision_tower.training
+    assert model.projector.training
+    seen: list[bool] = []
+    model.projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
+    model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels).loss.backward()
+    model.vision_tower.requires_grad_(True)
+    model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels).loss.backward()
+    assert seen == [False, True]
+    assert all(p.grad is not None for p in model.vision_tower.parameters())
+
+
+@pytest.mark.parametrize(
+    ("projector", "tower", "tokens"),
+    [
+        ("linear", {}, 16),
+        ("linear", {"select": "cls_patch"}, 17),
+        ("mlp2x_gelu", {"layer": [1, 2]}, 16),
+        ({"name": "qformer", "num_queries": 5, "layers": 2, "heads": 2, "hidden_size": 32}, {}, 5),
+    ],
+)
+def test_every_tower_and_projector_takes_the_tokens_it_says(
+    folder: Path, conversations: Conversations, projector: object, tower: dict[str, object], tokens: int
+) -> None:
+    model = build(folder, projector, **tower)
+    assert model.tokens_per_image == tokens
+    batch = batch_of(model, conversations, 0, 6)
+    assert model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels).loss.isfinite()
+
+
+def test_widths_that_do_not_fit_are_refused(folder: Path) -> None:
+    tower = tiny_tower()
+    with pytest.raises(ConfigError, match=r"maps 64 to 33 channels, but the tower gives 64 .* takes 32"):
+        VisionLanguageModel(
+            tower, build_projector("linear", 64, 33, tower.grid), load_llm(folder / "llm"), tiny_tokenizer()
+        )
+
+
+# ---- generation
+
+
+def test_answers_in_a_batch_are_those_given_alone(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    pixels = model.vision_tower.image_processor(
+        [picture for index in range(3) for picture in conversations.pictures(conversations[index])]
+    )
+    prompts = ["what ?", "what colour is it ?", "what is the picture of ?"]
+    together = model.generate(pixels, prompts, 6)
+    alone = [model.generate(pixels[i : i + 1], [prompts[i]], 6)[0] for i in range(3)]
+    assert together == alone
+    mixed = [[Turn("user", "what ?")], [Turn("user", f"<image>\n{prompts[1]}")]]
+    assert model.generate(pixels[1:2], mixed, 6) == [model.generate(None, ["what ?"], 6)[0], alone[1]]
+    assert model.generate(None, []) == []
+
+
+def test_generation_follows_the_forward_pass(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    """Greedy tokens with the cache are those of full forward passes without it."""
+    pixels = model.vision_tower.image_processor(conversations.pictures(conversations[0]))
+    ids = model.chat.prompt([Turn("user", "<image>\nwhat colour is it ?")])
+    start = len(ids)
+    for _ in range(5):
+        inputs = torch.tensor([ids])
+        token = int(model(inputs, torch.ones_like(inputs), pixels=pixels).logits[0, -1].argmax())
+        if token in model.chat.stop_ids:
+            break
+        ids.append(token)
+    expected = model.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert model.generate(pixels, ["what colour is it ?"], 5) == [expected]
+
+
+def test_training_mode_comes_back_after_generating(model: VisionLanguageModel) -> None:
+    model.train()
+    model.generate(None, ["what ?"], 2)
+    assert model.training
+
+
+# ---- saving
+
+
+def test_saved_model_comes_back_whole(model: VisionLanguageModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    loaded = VisionLanguageModel.from_pretrained(tmp_path / "model")
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert not loaded.training
+    half = VisionLanguageModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_tied_weights_are_saved_once_and_come_back_tied(tmp_path: Path) -> None:
+    tiny_llm(tmp_path / "llm", tie_word_embeddings=True)
+    model = build(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    llm = VisionLanguageModel.from_pretrained(tmp_path / "model").llm
+    assert llm.lm_head.weight.data_ptr() == llm.get_input_embeddings().weight.data_ptr()
+    assert torch.equal(llm.lm_head.weight, model.llm.lm_head.weight)
+
+
+@pytest.mark.parametrize("part", ["projector", "llm", "tower"])
+def test_a_missing_tensor_is_an_error(model: VisionLanguageModel, tmp_path: Path, part: str) -> None:
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / part / "model.safetensors"
+    state = load_file(file)
+    dropped = next(name for name in state if name.endswith("weight"))
+    del state[dropped]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match=dropped.replace(".", r"\.")):
+        VisionLanguageModel.from_pretrained(tmp_path / "model")
+
+
+def test_an_empty_tensor_is_never_saved(model: VisionLanguageModel, tmp_path: Path) -> None:
+    model.llm.lm_head.weight.data = torch.empty(0)
+    with pytest.raises(WeightsError):
+        model.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_some_parts_is_no_whole_model(model: VisionLanguageModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model", parts=["projector"])
+    with pytest.raises(ConfigError, match="holds only projector: tower, llm is not in it"):
+        VisionLanguageModel.from_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        VisionLanguageModel.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_language_model_that_cannot_be_found_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_llm(tmp_path / "nowhere")
+
+
+# ---- evaluation
+
+
+def test_answers_are_compared_by_their_words() -> None:
+    assert normalise("  The RED circle. ") == "red circle"
+    answers = [
+        Answer("1", (), "?", "red", "Red.", "colour"),
+        Answer("2", (), "?", "blue", "red", "colour"),
+        Answer("3", (), "?", "two", "a two", "count"),
+        Answer("4", (), "?", "yes", "no"),
+    ]
+    assert vqa_accuracy(answers) == {"all": 0.5, "colour": 0.5, "count": 1.0}
+    with pytest.raises(DataError, match="no question"):
+        vqa_accuracy([])
+
+
+def test_every_question_is_asked_alone_with_its_pictures(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    answers = answer_questions(model, conversations, batch_size=3, max_new_tokens=4)
+    assert [answer.id for answer in answers] == [f"r{n}" for n in range(8)]
+    assert answers[0].question == "what colour is it ?"
+    assert (answers[0].truth, answers[0].kind, answers[0].images) == ("red", "colour", ("0.png",))
+    pixels = model.vision_tower.image_processor(conversations.pictures(conversations[0]))
+    assert answers[0].answer == model.generate(pixels, ["what colour is it ?"], 4)[0]
+    assert answers[6].images == ()
+
+
+def test_swapping_leaves_no_picture_in_its_place(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    swap = swapped_pictures(conversations, 0)
+    assert all(name != other for name, other in swap.items())
+    assert sorted(swap) == sorted(swap.values())
+    assert swap == swapped_pictures(conversations, 0)
+    assert swap != swapped_pictures(conversations, 1)
+    answers = answer_questions(model, conversations, max_new_tokens=2, swap_seed=0)
+    assert [answer.images for answer in answers[:6]] == [(swap[f"{n}.png"],) for n in range(6)]
+
+
+def test_caption_loss_is_the_mean_over_all_label_tokens(
+    model: VisionLanguageModel, conversations: Conversations
+) -> None:
+    whole = batch_of(model, conversations, *range(8))
+    expected = model(whole.input_ids, whole.attention_mask, whole.labels, whole.pixels).loss.item()
+    assert caption_loss(model, conversations, batch_size=3, max_length=64) == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert caption_loss(model, conversations, max_length=64, swap_seed=0) != pytest.approx(expected, abs=1e-5)
