@@ -16,7 +16,8 @@ MANIFEST = "manifest.json"
 def save_checkpoint(folder: str | Path, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
     """Write `folder/step_N` through `write(temporary folder)`, then drop all but the newest `keep`.
 
-    The old ones go only after the new one is in place, so at least one valid checkpoint exists at any time.
+    The old ones go only after the new one is in place, so at least one valid checkpoint exists at any time;
+    damaged ones do not count, and go too.
     """
     folder = Path(folder)
     final, partial = folder / f"step_{step}", folder / f"step_{step}.tmp"
@@ -24,7 +25,8 @@ def save_checkpoint(folder: str | Path, step: int, write: Callable[[Path], None]
     partial.mkdir(parents=True)
     write(partial)
     seal(partial, final)
-    for old in _steps(folder)[: -max(1, keep)]:
+    complete = [other for other in _steps(folder) if is_complete(folder / f"step_{other}")]
+    for old in set(_steps(folder)) - set(complete[-max(1, keep) :]):
         shutil.rmtree(folder / f"step_{old}")
     return final
 
@@ -59,7 +61,7 @@ def is_complete(path: Path) -> bool:
     try:
         sizes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -76,7 +78,7 @@ def find_checkpoint(folder: str | Path, resume: bool) -> tuple[int, Path] | None
             "or give another output folder"
         )
     for partial in Path(folder).glob("step_*.tmp"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)  # of several ranks, one is first
     return found
 
 

@@ -59,18 +59,25 @@ def train_contrastive(
     rank, world, device = _join_ranks()
     found = find_checkpoint(Path(output) / "checkpoints", resume)
     start = found[0] if found else 0
+    if (Path(output) / "model").exists():
+        raise DataError(f"{output} already holds a trained model: give another output folder")
     run = Run(output, config, resume_step=start)
 
     model = load_dual_encoder(
         config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
     )
     pairs = Pairs(config.data)
+    for held_out in (config.validation.zero_shot, config.validation.retrieval):
+        if held_out:
+            Pairs(held_out)  # what is wrong with it shows now, not when training is done
     rules, lr = _prepare_learning(model, pairs, config, quiet=not run.is_main)
     model.to(device)
     if found:
         _load_learnt(model, found[1])
 
     total_steps = _total_steps(config, len(pairs))
+    if start >= total_steps:
+        raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
     optimizer = torch.optim.AdamW(
         parameter_groups(model, rules, lr=lr, weight_decay=config.weight_decay),
         betas=config.betas,
@@ -88,10 +95,14 @@ def train_contrastive(
     parallel: nn.Module = DistributedDataParallel(model) if world > 1 else model
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scores: dict[str, float] = {}
-    bad: list[str] = []
+    bad = BadPictures(run.folder / "bad_samples.jsonl", pairs)
+    seen = truncated = 0
     bar = run.progress(total_steps, "contrastive", start=start)
     for step, batch in enumerate(loader, start=start + 1):
-        bad += _note_bad(batch, run, len(bad), max(step * config.batch_size, len(pairs)), config)
+        if isinstance(batch, DataError):
+            raise batch
+        bad.note(batch.bad)
+        seen, truncated = seen + len(batch.tokens), truncated + batch.truncated
         # Dropout draws from here; seeding by step makes a resumed run draw the same.
         torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
         _train_mode(model)
@@ -121,6 +132,7 @@ def train_contrastive(
                 lr=used_lr,
                 logit_scale=model.logit_scale.exp().item(),
                 accuracy=_batch_accuracy(image, text),
+                truncated_captions=truncated / seen,
             )
         if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
             save_checkpoint(run.checkpoints, step, lambda folder: _write(folder, model, optimizer, schedule))
@@ -128,13 +140,17 @@ def train_contrastive(
         if run.is_main and every and step % every == 0 and step < total_steps:
             run.log(step, **validate_dual_encoder(model, config.validation))
     bar.close()
+    if truncated and run.is_main:
+        print(
+            f"{truncated:,} of {seen:,} captions were longer than the text tower's "
+            f"{model.tokenizer.context_length} tokens and lost their end"
+        )
     merge_lora(model)
     model.eval()
     if run.is_main:
         model.save_pretrained(run.folder / "model")
         scores = validate_dual_encoder(model, config.validation)
-        if scores:
-            run.log(total_steps, **scores)
+        run.log(total_steps, **scores)
     run.close()
     _leave_ranks(world)
     return scores or {"loss": float(mean_loss)}
@@ -194,23 +210,37 @@ def _as_is(batch: Batch) -> Batch:
 
 
 def _train_mode(model: DualEncoder) -> None:
-    """Parts of which nothing learns stay in eval mode: no dropout, no moving batch statistics."""
+    """Modules of which no weight learns stay in eval mode: no dropout, no moving batch statistics."""
     model.train()
-    for part in (model.tower, model.text):
-        if not any(parameter.requires_grad for parameter in part.parameters()):
-            part.eval()
+    for module in model.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
 
 
-def _note_bad(batch: Batch, run: Run, before: int, seen: int, config: ContrastiveConfig) -> list[str]:
-    if batch.bad and run.is_main:
-        write_bad_list(run.folder / "bad_samples.jsonl", batch.bad)
-    count = before + len(batch.bad)
-    if count > config.data.max_bad_share * seen:
-        raise DataError(
-            f"{count} of {seen} pictures could not be read, more than max_bad_share {config.data.max_bad_share}; "
-            f"they are listed in {run.folder / 'bad_samples.jsonl'}"
-        )
-    return batch.bad
+class BadPictures:
+    """Pictures that were replaced, listed once each in a file, up to the share that the config allows."""
+
+    def __init__(self, path: Path, pairs: Pairs) -> None:
+        self.path, self.listed = path, set[str]()
+        self.allowed = pairs.config.max_bad_share * len(pairs)
+
+    def note(self, errors: Sequence[str]) -> None:
+        """Add what a batch replaced.
+
+        Raises:
+            DataError: more than `max_bad_share` of all pictures cannot be read.
+        """
+        new = sorted(set(errors) - self.listed)
+        if not new:
+            return
+        write_bad_list(self.path, new)
+        self.listed.update(new)
+        if len(self.listed) > self.allowed:
+            raise DataError(
+                f"{len(self.listed)} pictures cannot be read, max_bad_share allows {self.allowed:g}; "
+                f"they are listed in {self.path}"
+            )
 
 
 def _batch_accuracy(image: Tensor, text: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.config import Config
@@ -21,8 +21,8 @@ class PairsConfig(Config):
     Attributes:
         path: CSV, TSV, JSONL or parquet file, or a folder of class folders (`folder/cat/1.jpg`).
         image_column: paths (relative to `image_folder`) or encoded bytes.
-        caption_column: captions, or class names where `templates` are given. Rows that share a picture give it
-            several captions, one of which is drawn each epoch.
+        caption_column: captions, or class names where `templates` are given. Rows that share a picture give
+            it several captions, one of which is drawn each epoch.
         image_folder: None means the folder of the file.
         templates: one is drawn per picture and epoch; `{}` takes the caption.
         max_bad_share: pictures that cannot be read are replaced, counted and listed up to this share.
@@ -69,12 +69,19 @@ class AugmentConfig(Config):
     """
 
     crop_area: tuple[Share, Share] = (0.9, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     brightness: Share = 0.0
     contrast: Share = 0.0
     saturation: Share = 0.0
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     flip: Share = 0.0
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> AugmentConfig:
+        for name, (low, high) in (("crop_area", self.crop_area), ("aspect", self.aspect)):
+            if low > high:
+                raise ValueError(f"{name} must be a range from low to high, but is {low:g} to {high:g}")
+        return self
 
 
 class ContrastiveConfig(Config):
@@ -100,20 +107,20 @@ class ContrastiveConfig(Config):
     recipe: Recipe = "auto"
     rules: tuple[Rule, ...] | None = None
     lora: LoraConfig = LoraConfig()
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: PositiveFloat | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    eps: PositiveFloat = 1e-6
+    grad_clip: PositiveFloat = 1.0
     batch_size: PositiveInt = 256
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
     warmup: Annotated[int, Field(ge=0)] = 200
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
     workers: Annotated[int, Field(ge=0)] = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _has_one_length(self) -> ContrastiveConfig:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SampleKey = tuple[int, int]  # (epoch, index)
 
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
 
 class Pairs:
     """The table behind a `PairsConfig`: pictures, each with its captions. Memory-mapped, never all in memory.
@@ -42,7 +44,9 @@ class Pairs:
             DataError: no such file or column, or nothing left to read.
         """
         self.config = config
-        self.root = Path(config.image_folder or (path if (path := Path(config.path)).is_dir() else path.parent))
+        self.root = Path(
+            config.image_folder or (path if (path := Path(config.path)).is_dir() else path.parent)
+        )
         self._table = _load_table(config)
         for column in (config.image_column, config.caption_column):
             if column not in self._table.column_names:
@@ -50,7 +54,9 @@ class Pairs:
                     f"{config.path}: no column {column!r}{nearest(column, self._table.column_names)} "
                     f"(columns: {', '.join(self._table.column_names)})"
                 )
-        self._captions: list[str] = [str(text or "").strip() for text in self._table[config.caption_column]]
+        self._captions: list[str] = [
+            "" if text is None else str(text).strip() for text in self._table[config.caption_column]
+        ]
         self._rows = self._group_by_picture()
         self.num_pairs = sum(len(rows) for rows in self._rows)
         self.dropped = len(self._captions) - self.num_pairs
@@ -75,6 +81,8 @@ class Pairs:
         if isinstance(value, dict):  # the layout of Hugging Face image columns
             value = value.get("bytes") or value.get("path")
         try:
+            if not value:
+                raise DataError(f"column {self.config.image_column!r} is empty")
             return open_image(value if isinstance(value, bytes) else self._inside_root(str(value)))
         except DataError as error:
             raise DataError(f"{self.config.path}, row {row + 1}: {error}") from error
@@ -106,7 +114,8 @@ class Pairs:
 class TrainingPairs(Dataset[Any]):
     """Augmented squares and tokens for a list of (epoch, index) keys, each drawn from its own generator.
 
-    A picture that cannot be read is replaced by the next one that can; the batch tells which.
+    A picture that cannot be read is replaced by the next one that can, if the config allows any; the batch
+    tells which. An error comes back in place of the batch: one raised in a worker turns into a traceback.
     """
 
     def __init__(
@@ -119,8 +128,16 @@ class TrainingPairs(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch:
-        squares, texts, bad = [], [], []
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch | DataError:
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            return error
+
+    def _batch(self, keys: Sequence[SampleKey]) -> Batch:
+        squares: list[np.ndarray[Any, Any]] = []
+        texts: list[str] = []
+        bad: list[str] = []
         for epoch, index in keys:
             random = np.random.default_rng([self.seed, epoch, index])
             image, used = self._open(index, bad)
@@ -128,7 +145,8 @@ class TrainingPairs(Dataset[Any]):
             captions, templates = self.pairs.captions(used), self.pairs.config.templates
             caption = captions[random.integers(len(captions))]
             texts.append(templates[random.integers(len(templates))].replace("{}", caption))
-        return Batch(torch.from_numpy(np.stack(squares)), self.tokenizer(texts), bad)
+        truncated = sum(self.tokenizer.is_truncated(text) for text in texts)
+        return Batch(torch.from_numpy(np.stack(squares)), self.tokenizer(texts), bad, truncated)
 
     def _open(self, index: int, bad: list[str]) -> tuple[Image.Image, int]:
         for step in range(len(self.pairs)):
@@ -143,13 +161,15 @@ class TrainingPairs(Dataset[Any]):
 
 
 class Batch:
-    """Pictures as bytes [B,H,W,3], token ids [B,T], and what was replaced."""
+    """Pictures as bytes [B,H,W,3], token ids [B,T], what was replaced, how many captions lost their end."""
 
-    def __init__(self, squares: UInt8[Tensor, "b h w 3"], tokens: Int[Tensor, "b t"], bad: list[str]) -> None:
-        self.squares, self.tokens, self.bad = squares, tokens, bad
+    def __init__(
+        self, squares: UInt8[Tensor, "b h w 3"], tokens: Int[Tensor, "b t"], bad: list[str], truncated: int
+    ) -> None:
+        self.squares, self.tokens, self.bad, self.truncated = squares, tokens, bad, truncated
 
     def pin_memory(self) -> Batch:
-        return Batch(self.squares.pin_memory(), self.tokens.pin_memory(), self.bad)
+        return Batch(self.squares.pin_memory(), self.tokens.pin_memory(), self.bad, self.truncated)
 
 
 class EpochBatches(Sampler[list[SampleKey]]):
@@ -158,14 +178,18 @@ class EpochBatches(Sampler[list[SampleKey]]):
     Each epoch is a permutation; pictures that do not fill its last batch sit that epoch out.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int, world: int
+    ) -> None:
         """Batches of global steps `start` to `stop`.
 
         Raises:
             DataError: fewer pictures than one batch, or a batch that does not divide among the ranks.
         """
         if size < batch_size:
-            raise DataError(f"the data has {size} pictures, fewer than one batch of {batch_size}: lower batch_size")
+            raise DataError(
+                f"the data has {size} pictures, fewer than one batch of {batch_size}: lower batch_size"
+            )
         if batch_size % world:
             raise DataError(f"batch_size {batch_size} does not divide among {world} ranks")
         self.size, self.batch_size, self.seed = size, batch_size, seed
@@ -196,20 +220,15 @@ def _load_table(config: PairsConfig) -> datasets.Dataset:
     if not path.is_file():
         siblings = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"data file {str(path)!r} does not exist{nearest(str(path), siblings)}")
-    options: dict[str, dict[str, Any]] = {
-        ".csv": {"path": "csv", "sep": _separator(path), "keep_default_na": False},
-        ".tsv": {"path": "csv", "sep": "\t", "keep_default_na": False},
-        ".json": {"path": "json"},
-        ".jsonl": {"path": "json"},
-        ".parquet": {"path": "parquet"},
-    }
-    if path.suffix not in options:
-        raise DataError(f"{path}: data must be a folder or one of {', '.join(options)}")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: data must be a folder or one of {', '.join(_READERS)}")
+    options = _csv_options(path) if reader == "csv" else {}
     try:
-        table = datasets.load_dataset(data_files=str(path.resolve()), split="train", **options[path.suffix])
+        table = datasets.load_dataset(reader, data_files=str(path.resolve()), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {cause}") from error
+        raise DataError(f"{path}: cannot be read as {reader}: {cause}") from error
     image = table.features.get(config.image_column)
     if isinstance(image, datasets.Image):  # decoded by our own rule instead
         table = table.cast_column(config.image_column, datasets.Image(decode=False))
@@ -231,14 +250,21 @@ def _folder_table(folder: Path, config: PairsConfig) -> datasets.Dataset:
     )
 
 
-def _separator(path: Path) -> str:
-    """The separator of a CSV, from its header: open_clip's default is the tab, most files have commas."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+def _csv_options(path: Path) -> dict[str, Any]:
+    """How to read a CSV: separator from the header, for open_clip's default is the tab and most files have
+    commas; every column as text, for else a picture `0001` becomes a number.
+    """
+    import datasets
+
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     try:
-        return csv.Sniffer().sniff(header, delimiters=",\t;|").delimiter
-    except csv.Error:
-        return ","
+        separator = csv.Sniffer().sniff(header, delimiters=",\t;|").delimiter
+    except csv.Error:  # a single column
+        separator = ","
+    columns = next(csv.reader([header], delimiter=separator), [])
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    return {"sep": separator, "keep_default_na": False, "features": features}
 
 
 def write_bad_list(path: Path, bad: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -45,8 +46,8 @@ class Run:
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step + 1)
 
     def log(self, step: int, **values: float) -> None:
-        """Append one line of metrics at an optimizer step."""
-        if not self.is_main:
+        """Append one line of metrics at an optimizer step, if there are any."""
+        if not self.is_main or not values:
             return
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -75,7 +76,7 @@ def progress_bar(total: int, description: str, *, start: int = 0, disable: bool 
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; empty when the file does not exist. A last line torn by a kill is dropped."""
+    """Lines of a `metrics.jsonl`; empty when there is no file. A last line torn by a kill is dropped."""
     if not Path(path).is_file():
         return []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -95,12 +96,10 @@ def check_finite(loss: float, grad_norm: float, step: int) -> None:
     Raises:
         VlmVisionError: names the step and the value.
     """
-    import math
-
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise VlmVisionError(
-            f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after step "
-            f"{step - 1}. Lower the learning rate, or set precision to fp32, and continue with --resume"
+            f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
+            f"step {step - 1}. Lower the learning rate, or set precision to fp32, and continue with --resume"
         )
 
 

@@ -1,0 +1,77 @@
+"""A run's folder: config, metrics, TensorBoard, and what a resume keeps of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vlm_vision.config import load_config
+from vlm_vision.errors import VlmVisionError
+from vlm_vision.train.contrastive_config import AugmentConfig
+from vlm_vision.train.run import Run, check_finite, peak_memory_mb, read_metrics, timed
+
+
+def test_metrics_are_lines_of_json_and_events(tmp_path: Path) -> None:
+    config = AugmentConfig(flip=0.5)
+    run = Run(tmp_path / "run", config)
+    run.log(1, loss=2.5)
+    run.log(2, loss=1.5, lr=0.1)
+    run.log(3)
+    run.close()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 2.5), (2, 1.5)]
+    assert lines[0]["time"] <= lines[1]["time"]
+    assert load_config(AugmentConfig, tmp_path / "run" / "config.yaml") == config
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_resume_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, AugmentConfig())
+    for step in range(1, 6):
+        run.log(step, loss=1.0)
+    run.close()
+    Run(tmp_path, AugmentConfig(), resume_step=3).close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    Run(tmp_path, AugmentConfig()).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    run = Run(tmp_path / "run", AugmentConfig())
+    run.log(1, loss=1.0)
+    run.close()
+    assert not run.is_main
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_last_line_is_dropped_and_another_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps({"step": 1, "loss": 1.0})
+    path.write_text(f'{whole}\n{{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 1.0}]
+    path.write_text(f'{{"step": 2, "lo\n{whole}\n')
+    with pytest.raises(VlmVisionError, match="line 1 is not JSON"):
+        read_metrics(path)
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
+def test_a_step_that_is_not_finite_is_named(loss: float, norm: float) -> None:
+    with pytest.raises(VlmVisionError, match=r"step 7: .* weights are as after step 6"):
+        check_finite(loss, norm, 7)
+    check_finite(1.0, 1e30, 7)
+
+
+def test_seconds_and_memory() -> None:
+    seconds: dict[str, float] = {"a": 1.0}
+    with timed(seconds, "a"):
+        pass
+    with timed(seconds, "b"):
+        pass
+    assert 1.0 <= seconds["a"] < 1.5
+    assert 0.0 <= seconds["b"] < 0.5
+    assert 50 < peak_memory_mb() < 100_000
