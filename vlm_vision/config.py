@@ -38,7 +38,7 @@ def load_config(
     if isinstance(source, Mapping):
         tree, origin = deepcopy(dict(source)), config_class.__name__
     else:
-        tree, origin = _read_yaml(Path(source)), str(source)
+        tree, origin = read_yaml(Path(source)), str(source)
     for override in overrides:
         _apply_override(tree, override)
     return validate(config_class, tree, origin)
@@ -75,7 +75,12 @@ def expand_shorthand(text: str) -> dict[str, Any]:
     return node
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML file, with its `${...}` references resolved.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else than keys and values.
+    """
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise ConfigError(f"config file {str(path)!r} does not exist{nearest(str(path), siblings)}")

@@ -18,6 +18,7 @@ from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower import (
     DUAL_ENCODER_TYPE,
     VisionTower,
+    describe_tower,
     read_folder,
     resolve_folder,
     save_folder,
@@ -122,3 +123,14 @@ def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) 
     config = tower_config(source, **{**overrides, "pooled_head": True})
     text = config.backbone.build_text()
     return DualEncoder(VisionTower(config, config.backbone.build()), text).eval()
+
+
+def describe_dual_encoder(source: str | Path | Mapping[str, Any]) -> DualEncoder:
+    """The dual encoder of any source, without its weights, on the meta device; see `describe_tower`.
+
+    Raises:
+        ConfigError: the source or a field is not known, or has no text tower.
+    """
+    tower = describe_tower(source, pooled_head=True)
+    with torch.device("meta"):
+        return DualEncoder(tower, tower.config.backbone.build_text(load_weights=False)).eval()

@@ -103,6 +103,10 @@ class VisionTower(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]
     ) -> Float[Tensor, "b n d"]:
@@ -238,6 +242,19 @@ def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> To
             f"(sources: {', '.join(BACKBONES.names())})"
         )
     return load_config(TowerConfig, {"backbone": text, **overrides})
+
+
+def describe_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> VisionTower:
+    """The tower of any source that `load_tower` takes, without its weights: facts and parameter counts.
+
+    It is on the meta device, where tensors have shapes and no memory; no weights file is touched.
+
+    Raises:
+        ConfigError: the source or a field is not known.
+    """
+    config = tower_config(source, **overrides)
+    with torch.device("meta"):
+        return VisionTower(config, config.backbone.build(load_weights=False)).eval()
 
 
 def list_backbones() -> list[str]:

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from vlm_vision import VisionTower, load_tower
+from vlm_vision.backbones.config import PUBLISHED
 from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.tower import describe_tower
 
 VISION = {
     "hidden_size": 32,
@@ -202,25 +204,39 @@ def test_a_folder_without_preprocessing_or_of_another_family_says_so(tmp_path: P
         )
 
 
-@pytest.mark.parametrize("size", ["small", "base", "large", "giant"])
-def test_dinov2_sizes_have_their_published_shapes(size: str) -> None:
-    width, layers, heads, swiglu = {
-        "small": (384, 12, 6, False),
-        "base": (768, 12, 12, False),
-        "large": (1024, 24, 16, False),
-        "giant": (1536, 40, 24, True),
-    }[size]
-    architecture = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        use_swiglu_ffn=swiglu,
-        image_size=518,
-        patch_size=14,
-    ).to_dict()
-    with torch.device("meta"):
-        tower = load_tower(
-            {"backbone": {"name": "transformers", "architecture": architecture, "weights": "none"}}
-        )
-        assert tower(torch.empty(1, 3, 518, 518)).shape == (1, 37 * 37, width)
-    assert len(tower.backbone.blocks) == layers - 1  # type: ignore[arg-type]
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_models_are_described_without_a_network_or_weights(model: str) -> None:
+    width, patches, millions = {
+        "openai/clip-vit-base-patch32": (768, 49, 87.456),
+        "openai/clip-vit-base-patch16": (768, 196, 85.799),
+        "openai/clip-vit-large-patch14": (1024, 256, 303.180),
+        "openai/clip-vit-large-patch14-336": (1024, 576, 303.507),
+        "facebook/dinov2-small": (384, 1369, 22.057),
+        "facebook/dinov2-base": (768, 1369, 86.580),
+        "facebook/dinov2-large": (1024, 1369, 304.369),
+        "facebook/dinov2-giant": (1536, 1369, 1136.481),
+    }[model]
+    tower = describe_tower(f"transformers:{model}", pooled_head=True)
+    assert (tower.hidden_size, tower.num_patches) == (width, patches)
+    assert tower.num_parameters / 1e6 == pytest.approx(millions, abs=0.001)
+    pixels = torch.empty(1, 3, tower.image_size, tower.image_size, device="meta")
+    assert tower(pixels).shape == (1, patches, width)
+
+
+@pytest.mark.parametrize("size", ["B-32", "B-16", "L-14", "L-14-336"])
+def test_published_clips_have_the_size_of_open_clips(size: str) -> None:
+    """The same weights, but for the projection of the pooled head, which only open_clip's head has."""
+    hub = {
+        "B-32": "base-patch32",
+        "B-16": "base-patch16",
+        "L-14": "large-patch14",
+        "L-14-336": "large-patch14-336",
+    }
+    theirs = describe_tower(f"open_clip:ViT-{size}-quickgelu", pooled_head=True)
+    ours = describe_tower(f"transformers:openai/clip-vit-{hub[size]}", pooled_head=True)
+    assert theirs.num_parameters - ours.num_parameters == theirs.backbone.visual.proj.numel()  # type: ignore[union-attr,operator]
+    assert (ours.grid, ours.layers) == (theirs.grid, theirs.layers)
+
+
+def test_a_published_model_at_none_needs_no_network() -> None:
+    assert load_tower("transformers:facebook/dinov2-small@none", layer=1).hidden_size == 384

@@ -8,6 +8,67 @@ from pydantic import model_validator
 
 from vlm_vision.tower_config import BackboneConfig, PreprocessConfig
 
+_CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_BASE = {
+    **_CLIP,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "projection_dim": 512,
+}
+_CLIP_LARGE = {
+    **_CLIP,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_DINOV2 = {
+    "model_type": "dinov2",
+    "image_size": 518,
+    "patch_size": 14,
+    "mlp_ratio": 4,
+    "layer_norm_eps": 1e-6,
+}
+
+# What the hub's config.json of these models says, so that they are described and planned without a network.
+# Weights are always built by the config.json beside them.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-base-patch32": {**_CLIP_BASE, "patch_size": 32},
+    "openai/clip-vit-base-patch16": {**_CLIP_BASE, "patch_size": 16},
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+    "facebook/dinov2-small": {
+        **_DINOV2,
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+    },
+    "facebook/dinov2-base": {
+        **_DINOV2,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "facebook/dinov2-large": {
+        **_DINOV2,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "facebook/dinov2-giant": {
+        **_DINOV2,
+        "hidden_size": 1536,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 24,
+        "use_swiglu_ffn": True,
+    },
+}
+
 if TYPE_CHECKING:
     from vlm_vision.backbone import Backbone
     from vlm_vision.text import TextSide
@@ -75,16 +136,7 @@ class TransformersConfig(BackboneConfig):
 
     @classmethod
     def models(cls) -> list[str]:
-        return [
-            "openai/clip-vit-base-patch32",
-            "openai/clip-vit-base-patch16",
-            "openai/clip-vit-large-patch14",
-            "openai/clip-vit-large-patch14-336",
-            "facebook/dinov2-small",
-            "facebook/dinov2-base",
-            "facebook/dinov2-large",
-            "facebook/dinov2-giant",
-        ]
+        return list(PUBLISHED)
 
     def build(self, *, load_weights: bool = True) -> Backbone:
         from vlm_vision.backbones.transformers import build

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from vlm_vision.backbone import Backbone, BackboneInfo
-from vlm_vision.backbones.config import TransformersConfig
+from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
 from vlm_vision.tower_config import PreprocessConfig
@@ -40,8 +40,8 @@ def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
         ConfigError: the model's config cannot be had, or is of another family.
         WeightsError: missing, unexpected or misshapen tensors.
     """
-    model_config = _model_config(config)
     random = config.weights == RANDOM or not load_weights
+    model_config = _model_config(config, random)
     weights = None if random else (config.weights or config.model)
     if weights is None and not random:
         raise WeightsError(
@@ -152,13 +152,16 @@ def _run_block(block: nn.Module, hidden: Tensor) -> Tensor:
     return following
 
 
-def _model_config(config: TransformersConfig) -> PretrainedConfig:
-    if config.architecture is not None:
+def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:
+    architecture = config.architecture
+    if architecture is None and random and not Path(str(config.model)).exists():
+        architecture = PUBLISHED.get(str(config.model))
+    if architecture is not None:
         families = {"clip_vision_model": CLIPVisionConfig, "dinov2": Dinov2Config}
-        family = families.get(str(config.architecture.get("model_type")))
+        family = families.get(str(architecture.get("model_type")))
         if family is None:
             raise ConfigError(f"`architecture.model_type` must be one of {', '.join(families)}")
-        return family(**config.architecture)
+        return family(**architecture)
     try:
         found = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as error:

@@ -1,0 +1,296 @@
+"""What a run will take, before any weight is read: tokens, parameters that learn, steps, memory.
+
+Models are built on the meta device, where tensors have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from vlm_vision.adapters.build import build_projector
+from vlm_vision.adapters.lora import add_lora
+from vlm_vision.adapters.lora_config import LoraConfig
+from vlm_vision.dual_encoder import describe_dual_encoder
+from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.tower import describe_tower
+from vlm_vision.tower_config import TowerConfig
+from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
+from vlm_vision.train.contrastive_config import ContrastiveConfig
+from vlm_vision.train.conversations import Conversations
+from vlm_vision.train.optim import apply_rules, trainable_summary
+from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
+from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.vlm import embedding_width, load_llm, token_grid
+
+Precision = Literal["fp32", "bf16", "autocast"]
+GIB = 2**30
+
+# What the hub's config.json of these language models says, so that a run is planned without a network.
+_LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+PUBLISHED_LLMS: dict[str, dict[str, Any]] = {
+    "lmsys/vicuna-7b-v1.5": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "lmsys/vicuna-13b-v1.5": {
+        **_LLAMA,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each of the processes; activations and buffers of the moment come on top.
+
+    With P parameters of which T learn, on N processes (ZeRO, arXiv:1910.02054, sections 3.1 and 5): weights
+    take w·P, gradients w·T, Adam's states k·T. In bf16, w = 2 and k = 12 (an fp32 copy and two moments); in
+    fp32 and under autocast, w = 4 and k = 8 (two moments). Stage 1 divides the states by N, stage 2 the
+    gradients too, stage 3 the weights too.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """One part of the model in one stage."""
+
+    name: str
+    parameters: int
+    learning: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, or the whole of a contrastive run.
+
+    Attributes:
+        steps: None where the data is not there and no number of records was given.
+        tokens_per_step: at most, text and pictures, over all processes.
+    """
+
+    name: str
+    settings: str
+    length: str
+    steps: int | None
+    tokens_per_step: int
+    parts: tuple[PartPlan, ...]
+
+    @property
+    def memory(self) -> float:
+        return sum(part.memory.total for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `vlm-vision plan` prints."""
+
+    tokens_per_image: int
+    world: int
+    stages: tuple[StagePlan, ...]
+
+    def __str__(self) -> str:
+        lines = [f"tokens per image: {self.tokens_per_image}"]
+        for stage in self.stages:
+            lines += [
+                "",
+                f"{stage.name}: {stage.settings}",
+                f"  steps: {stage.length if stage.steps is None else f'{stage.steps:,} ({stage.length})'}",
+                f"  tokens per step: up to {stage.tokens_per_step:,}",
+                f"  {'part':14}{'parameters':>16}{'that learn':>16}"
+                f"{'weights':>10}{'gradients':>11}{'optimizer':>11}",
+            ]
+            for part in stage.parts:
+                memory = part.memory
+                lines.append(
+                    f"  {part.name:14}{part.parameters:16,}{part.learning:16,}"
+                    f"{_gib(memory.weights):>10}{_gib(memory.gradients):>11}{_gib(memory.optimizer):>11}"
+                )
+            lines.append(
+                f"  memory on each of {self.world} process(es): {_gib(stage.memory)} GiB, and activations"
+            )
+        return "\n".join(lines)
+
+
+def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = None) -> Plan:
+    """Plan every stage of an alignment run.
+
+    Args:
+        world: processes that share the work.
+        records: conversations of a stage whose file is not there.
+
+    Raises:
+        ConfigError: a part whose config cannot be had, or rules that name nothing.
+        DataError: data that is there and cannot be used.
+    """
+    stages = []
+    tokens_per_image = 0
+    for stage in config.stages:
+        model, tokens_per_image = _vision_language_model(config.model)
+        _set_learning(model, stage.learn, stage.lora)
+        count = _count_conversations(stage, records)
+        stages.append(
+            StagePlan(
+                name=f"stage {stage.name!r}",
+                settings=f"batch {stage.batch_size}, ZeRO-{stage.zero_stage}, {stage.precision}",
+                length=_length(stage.steps, stage.epochs, stage.batch_size, count, stage.data.file),
+                steps=None if stage.steps is None and count is None else stage.total_steps(count or 0),
+                tokens_per_step=stage.batch_size * stage.max_length,
+                parts=_parts(model, stage.zero_stage, world, stage.precision),
+            )
+        )
+    return Plan(tokens_per_image, world, tuple(stages))
+
+
+def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int | None = None) -> Plan:
+    """Plan a contrastive run.
+
+    Args:
+        world: processes that share the work.
+        records: pairs, where the data is not there.
+
+    Raises:
+        ConfigError: a model that is not known, or rules that name nothing.
+        DataError: data that cannot be used, or is not there while the recipe must be chosen by counting it.
+    """
+    pairs = pictures = records
+    if Path(config.data.path).exists():
+        table = Pairs(config.data)
+        pairs, pictures = table.num_pairs, len(table)
+    if pairs is None and config.recipe == "auto" and config.rules is None:
+        raise DataError(
+            f"{config.data.path!r} does not exist, so there is nothing to count and choose a recipe by: "
+            "give --records N, or name a recipe"
+        )
+    model = describe_dual_encoder(_source(config.model))
+    recipe, reason = choose_recipe(config.recipe, pairs or 0)
+    names = [name for name, _ in model.named_parameters()]
+    rules = config.rules or applicable_rules(RECIPES[recipe].rules, names)
+    _set_learning(model, rules, config.lora)
+    tower = model.tower
+    tokens_per_image = tower.num_patches + tower.backbone.info.prefix_tokens
+    chosen = "its own rules" if config.rules else f"recipe {recipe!r} ({reason})"
+    stage = StagePlan(
+        name="contrastive",
+        settings=f"batch {config.batch_size}, {config.precision}, {chosen}",
+        length=_length(config.steps, config.epochs, config.batch_size, pictures, config.data.path),
+        steps=_contrastive_steps(config, pictures),
+        tokens_per_step=config.batch_size * (tokens_per_image + model.tokenizer.context_length),
+        parts=_parts(model, 0, world, "autocast" if config.precision == "bf16" else "fp32"),
+    )
+    return Plan(tokens_per_image, world, (stage,))
+
+
+def memory_of(parameters: int, learning: int, *, zero_stage: int, world: int, precision: Precision) -> Memory:
+    """Bytes on each process; see `Memory` for the formula."""
+    width, states = (2, 12) if precision == "bf16" else (4, 8)
+    share = [world if zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    return Memory(
+        weights=width * parameters / share[0],
+        gradients=width * learning / share[1],
+        optimizer=states * learning / share[2],
+    )
+
+
+def _vision_language_model(config: VlmConfig) -> tuple[nn.Module, int]:
+    """The parts under the names that rules match, and the tokens of a picture."""
+    tower = describe_tower(_source(config.tower))
+    with torch.device("meta"):
+        llm = _language_model(config)
+        projector = build_projector(
+            config.projector, tower.hidden_size, embedding_width(llm), token_grid(tower)
+        )
+    parts = nn.ModuleDict({"vision_tower": tower, "projector": projector, "llm": llm})
+    return parts, projector.tokens_out(token_grid(tower))
+
+
+def _language_model(config: VlmConfig) -> nn.Module:
+    published = None if Path(config.llm).exists() else PUBLISHED_LLMS.get(config.llm)
+    if published is not None:
+        llm: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**published))
+        return llm
+    try:
+        return load_llm(config.llm, weights="none")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
+        ) from error
+
+
+def _source(source: str | TowerConfig) -> Any:
+    return source if isinstance(source, str) else source.model_dump(mode="json")
+
+
+def _set_learning(model: nn.Module, rules: Sequence[Rule], lora: LoraConfig) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
+    if targets:
+        add_lora(model, targets, lora)
+    apply_rules(model, rules)
+
+
+def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) -> tuple[PartPlan, ...]:
+    return tuple(
+        PartPlan(
+            name,
+            total,
+            learning,
+            memory_of(total, learning, zero_stage=zero_stage, world=world, precision=precision),
+        )
+        for name, (learning, total) in trainable_summary(model).items()
+    )
+
+
+def _count_conversations(stage: Stage, records: int | None) -> int | None:
+    data = stage.data
+    if not Path(data.file).exists():
+        return records
+    return len(
+        Conversations(
+            data.file,
+            data.image_folder,
+            max_bad_share=data.max_bad_share,
+            follow_links=data.follow_links,
+        )
+    )
+
+
+def _contrastive_steps(config: ContrastiveConfig, pictures: int | None) -> int | None:
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return None if pictures is None else max(1, round(config.epochs * (pictures // config.batch_size)))
+
+
+def _length(steps: int | None, epochs: float | None, batch_size: int, count: int | None, path: str) -> str:
+    if steps is not None:
+        return "as given"
+    if count is None:
+        return f"{epochs:g} epoch(s) of N // {batch_size}; {path!r} is not there, give --records N"
+    return f"{epochs:g} epoch(s) of {count:,} // {batch_size}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

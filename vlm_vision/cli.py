@@ -1,0 +1,239 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from vlm_vision.errors import ConfigError, VlmVisionError, nearest
+
+SCREEN = 40  # lines of an error that fit on one
+INTERRUPTED = 130  # the shell's status of a command ended by Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors told like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see: {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 2 after an error of the user's, told without traceback."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    try:
+        parsed = _parse([argument for argument in arguments if argument != "--debug"])
+        run = getattr(import_module("vlm_vision.commands"), parsed.command.replace("-", "_"))
+        run(parsed)
+    except (VlmVisionError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # what reads our output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if debug:
+            raise
+        print(_one_screen(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _one_screen(error: Exception) -> str:
+    lines = f"error: {error}".splitlines()
+    if len(lines) <= SCREEN:
+        return "\n".join(lines)
+    return "\n".join([*lines[:SCREEN], f"... and {len(lines) - SCREEN} more lines (all of them: --debug)"])
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if first is not None and first not in commands:
+        raise ConfigError(
+            f"unknown command {first!r}{nearest(first, commands)} (known: {', '.join(commands)})"
+        )
+    parsed, rest = parser.parse_known_args(arguments)
+    known = [option for action in commands[parsed.command]._actions for option in action.option_strings]
+    for argument in rest:  # argparse leaves what comes after an option, though the command takes several
+        if argument.startswith("-") or not hasattr(parsed, "rest"):
+            hint, usage = nearest(argument.split("=")[0], known), f"{parser.prog} {parsed.command} --help"
+            raise ConfigError(f"{parsed.command} takes no {argument!r}{hint} (see: {usage})")
+        getattr(parsed, parsed.rest).append(argument)
+    return parsed
+
+
+def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(
+        prog="vlm-vision",
+        description="The vision tower for LLaVA-style vision-language models.",
+        epilog="Examples: vlm-vision COMMAND --help. An error's traceback: --debug.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n"
+            + "\n".join(f"  vlm-vision {name} {example}".rstrip() for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = command(
+        "demo",
+        "the whole way on drawn scenes: CLIP, tower, projector, LLM, answers, report",
+        "",
+        "-o runs/other --seed 1",
+    )
+    demo.add_argument("-o", "--output", default="runs/demo", help="folder of the run (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the scenes and of every training (default: 0)")
+    demo.add_argument("--data", help="a folder of scenes made by another generator")
+
+    towers = command(
+        "towers",
+        "list backbones, or show a tower's facts without its weights",
+        "--source open_clip --match '*L-14*'",
+        "show open_clip:ViT-L-14-336-quickgelu",
+    )
+    towers.add_argument("show", nargs="*", metavar="show TOWER", help="a source:model, folder or YAML file")
+    towers.add_argument("--source", help="only this source")
+    towers.add_argument("--match", default="*", metavar="GLOB", help="only models whose name matches")
+
+    features = command(
+        "features",
+        "patch features of pictures, as one safetensors file",
+        "open_clip:ViT-L-14-336-quickgelu@openai photo.jpg -o features.safetensors",
+        "runs/demo/tower pictures/ -o features.safetensors --layer=-2,-3 --dtype bfloat16",
+    )
+    features.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
+    features.add_argument("pictures", nargs="*", help="picture files and folders of them")
+    features.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    features.add_argument(
+        "--layer", type=_layers, help="-2 is the one before the last; several: --layer=-2,-3"
+    )
+    features.add_argument("--select", choices=["patch", "cls_patch", "cls"], help="which tokens")
+    features.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and features"
+    )
+    features.add_argument("--batch-size", type=_positive, default=32, help="pictures at once (default: 32)")
+    features.set_defaults(rest="pictures")
+
+    contrastive = command(
+        "contrastive",
+        "train or adapt a dual encoder on pictures with captions",
+        "configs/cifar10_contrastive.yaml -o runs/cifar10",
+        "my.yaml data.path=pairs.csv recipe=lora --resume",
+    )
+    align = command(
+        "align",
+        "align tower, projector and language model in stages",
+        "configs/llava15_7b_stage1.yaml -o runs/stage1",
+        "my.yaml model.tower=runs/demo/tower stages.0.lr=1e-3",
+    )
+    for training in (contrastive, align):
+        _add_config(training)
+        training.add_argument(
+            "-o", "--output", metavar="FOLDER", help="folder of the run (default: runs/CONFIG)"
+        )
+        training.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+
+    chat = command(
+        "chat",
+        "ask a vision-language model about pictures",
+        "runs/demo/model --image photo.jpg",
+        "runs/demo/model --image photo.jpg --question 'How many shapes are there?'",
+        "runs/demo/model --web",
+    )
+    chat.add_argument("model", help="folder or hub id of a vision-language model")
+    chat.add_argument("--image", help="the picture to talk about")
+    chat.add_argument("--question", help="answer this and end; without it, a conversation")
+    chat.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: 128)")
+    chat.add_argument("--web", action="store_true", help="open a page in the browser")
+
+    zero_shot = command(
+        "zero-shot",
+        "classify pictures by the names of classes",
+        "runs/demo/clip --classes 'red circle,blue square' photo.jpg",
+        "open_clip:ViT-B-32-quickgelu@openai --classes classes.txt pictures/",
+        "runs/demo/clip --csv labelled.csv --template 'a photo of a {}.' --template 'a {}'",
+    )
+    zero_shot.add_argument("model", help="a dual encoder: a folder, or open_clip:model@weights")
+    zero_shot.add_argument("pictures", nargs="*", help="picture files and folders of them")
+    zero_shot.add_argument(
+        "--classes", metavar="FILE|a,b,c", help="a name per line, or names with commas between"
+    )
+    zero_shot.add_argument("--csv", metavar="FILE", help="columns image and label: prints the top-1 accuracy")
+    zero_shot.add_argument(
+        "--template", action="append", help="text around a name (default: 'a photo of a {}.')"
+    )
+    zero_shot.add_argument("-k", "--top-k", type=_positive, default=3, help="classes to print (default: 3)")
+    zero_shot.add_argument("--batch-size", type=_positive, default=64, help="pictures at once (default: 64)")
+    zero_shot.set_defaults(rest="pictures")
+
+    index = command(
+        "index", "embed a folder of pictures for search", "runs/demo/clip pictures/ -o runs/index"
+    )
+    index.add_argument("model", help="a dual encoder: a folder, or open_clip:model@weights")
+    index.add_argument("folder", help="pictures, subfolders included")
+    index.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the index")
+    index.add_argument("--batch-size", type=_positive, default=64, help="pictures at once (default: 64)")
+    index.add_argument(
+        "--max-bad-share", type=float, default=0.05, help="unreadable pictures to leave out (default: 0.05)"
+    )
+    index.add_argument("--faiss", metavar="FILE", help="also write a faiss index")
+
+    search = command(
+        "search",
+        "find pictures by text or by picture",
+        "runs/index runs/demo/clip 'a red circle'",
+        "runs/index runs/demo/clip --image photo.jpg -k 5",
+    )
+    search.add_argument("index", help="folder that `index` wrote")
+    search.add_argument("model", help="the dual encoder that made the index")
+    search.add_argument("query", nargs="?", help="text to look for")
+    search.add_argument("--image", help="look for pictures like this one instead")
+    search.add_argument("-k", "--top-k", type=_positive, default=10, help="pictures to print (default: 10)")
+
+    plan = command(
+        "plan",
+        "tokens, parameters that learn, steps and memory of a config, before any weight is read",
+        "configs/llava15_7b_stage2.yaml --processes 8 --records 665298",
+        "configs/cifar10_contrastive.yaml recipe=lora",
+    )
+    _add_config(plan)
+    plan.add_argument("--processes", type=_positive, default=1, help="that share the work (default: 1)")
+    plan.add_argument("--records", type=_positive, help="size of the data, where it is not there to count")
+    return parser, dict(commands.choices)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to change, by their path")
+    parser.set_defaults(rest="overrides")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _layers(text: str) -> int | list[int]:
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be a number, or numbers with commas between, not {text!r}")
+    numbers = [int(number) for number in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""What each command of the command line does."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_vision.errors import ConfigError, DataError, nearest, require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlm_vision.train.vlm import VisionLanguageModel
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from vlm_vision.train.demo import run_demo
+
+    run_demo(arguments.output, seed=arguments.seed, data=arguments.data)
+
+
+def towers(arguments: argparse.Namespace) -> None:
+    from vlm_vision.tower import list_backbones
+    from vlm_vision.tower_config import BACKBONES
+
+    if arguments.show:
+        if arguments.show[0] != "show" or len(arguments.show) != 2:
+            raise ConfigError("towers lists all, or shows one: towers show open_clip:ViT-L-14-336-quickgelu")
+        _show_tower(arguments.show[1])
+        return
+    sources = BACKBONES.names()
+    if arguments.source is not None and arguments.source not in sources:
+        hint = nearest(arguments.source, sources)
+        raise ConfigError(f"unknown source {arguments.source!r}{hint} (known: {', '.join(sources)})")
+    for name in list_backbones():
+        source, _, model = name.partition(":")
+        if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
+            print(name)
+
+
+def _show_tower(source: str) -> None:
+    from vlm_vision.tower import describe_tower
+
+    tower = describe_tower(source)
+    info, settings = tower.backbone.info, tower.image_processor.config
+    rows, columns = tower.grid
+    facts = {
+        "hidden size": tower.hidden_size,
+        "patches": f"{tower.num_patches} ({rows} x {columns}, every {tower.patch_size} pixels)",
+        "image size": tower.image_size,
+        "layers": f"{info.num_layers}, of which {', '.join(map(str, tower.layers))} given",
+        "select": tower.config.select,
+        "prefix tokens": info.prefix_tokens,
+        "parameters": f"{tower.num_parameters:,} (up to the layer given)",
+        "pooled head": f"{info.embed_dim} channels" if info.embed_dim else "none",
+        "resize": f"{settings.resize}, {settings.interpolation}",
+        "mean, std": f"{settings.mean}, {settings.std}",
+    }
+    for name, value in facts.items():
+        print(f"{name:14} {value}")
+
+
+def features(arguments: argparse.Namespace) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from vlm_vision.progress import progress_bar
+    from vlm_vision.tower import load_tower
+
+    pictures = _pictures(arguments.pictures)
+    asked = {name: getattr(arguments, name) for name in ("layer", "select", "dtype")}
+    tower = load_tower(
+        arguments.source, **{name: value for name, value in asked.items() if value is not None}
+    )
+    parts = []
+    with torch.inference_mode(), progress_bar(len(pictures), "features") as bar:
+        for batch in _batches(pictures, arguments.batch_size):
+            parts.append(tower(tower.image_processor(batch)))
+            bar.update(len(batch))
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tensor = torch.cat(parts)
+    described = {"pictures": json.dumps([str(path) for path in pictures]), "tower": arguments.source}
+    save_file({"features": tensor}, output, described)
+    print(f"{output}: features {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def contrastive(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train.contrastive import train_contrastive
+    from vlm_vision.train.contrastive_config import ContrastiveConfig
+
+    config = load_config(ContrastiveConfig, arguments.config, arguments.overrides)
+    output = _run_folder(arguments)
+    scores = train_contrastive(config, output, resume=arguments.resume)
+    _print_scores({"": scores}, output)
+
+
+def align(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train.align import align as run_stages
+    from vlm_vision.train.align_config import AlignConfig
+
+    config = load_config(AlignConfig, arguments.config, arguments.overrides)
+    output = _run_folder(arguments)
+    figures = run_stages(config, output, resume=arguments.resume)
+    _print_scores({f"stage {name!r}": scores for name, scores in figures.items()}, output)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    from vlm_vision.preprocess import open_image
+    from vlm_vision.train.vlm import VisionLanguageModel
+
+    if arguments.web:
+        require("app", "gradio")
+    elif arguments.image is None:
+        raise ConfigError("chat needs a picture to talk about: --image FILE, or --web to choose it on a page")
+    if arguments.question is not None and not arguments.question.strip():
+        raise DataError("the question is empty")
+    image = None if arguments.image is None else open_image(arguments.image)
+    model = VisionLanguageModel.from_pretrained(arguments.model)
+    if arguments.web:
+        _serve(model, arguments.max_new_tokens)
+        return
+    asked = _typed_questions() if arguments.question is None else iter([arguments.question])
+    for answer in _conversation(model, image, asked, arguments.max_new_tokens):
+        print(answer)
+
+
+def _conversation(
+    model: VisionLanguageModel, image: Image.Image | None, questions: Iterator[str], max_new_tokens: int
+) -> Iterator[str]:
+    """Answers to questions about a picture, each with what was said before in mind."""
+    from vlm_vision.train.conversations import IMAGE_TOKEN, Turn
+
+    pixels = None if image is None else model.vision_tower.image_processor(image)
+    turns: list[Turn] = []
+    for question in questions:
+        mark = "" if turns or image is None else f"{IMAGE_TOKEN}\n"
+        turns.append(Turn("user", mark + question))
+        answer = model.generate(pixels, [turns], max_new_tokens)[0]
+        turns.append(Turn("assistant", answer))
+        yield answer
+
+
+def _typed_questions() -> Iterator[str]:
+    print("Ask about the picture; an empty line ends.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
+    import gradio
+
+    from vlm_vision.preprocess import open_image
+
+    def answer(image: Any, question: str) -> str:
+        try:
+            if not question.strip():
+                raise DataError("the question is empty")
+            opened = None if image is None else open_image(image)
+            return next(_conversation(model, opened, iter([question]), max_new_tokens))
+        except DataError as error:
+            raise gradio.Error(str(error)) from error
+
+    gradio.Interface(
+        answer,
+        inputs=[gradio.Image(type="filepath", label="Picture"), gradio.Textbox(label="Question")],
+        outputs=gradio.Textbox(label="Answer"),
+        title="vlm_vision",
+        flagging_mode="never",
+    ).launch()
+
+
+def zero_shot(arguments: argparse.Namespace) -> None:
+    from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.zero_shot import TEMPLATES, ZeroShotClassifier
+
+    labels: list[str] = []
+    if arguments.csv is None:
+        if arguments.classes is None:
+            raise ConfigError(
+                "zero-shot needs classes: --classes FILE, --classes a,b,c, or --csv FILE with labels"
+            )
+        pictures, classes = _pictures(arguments.pictures), _class_names(arguments.classes)
+    else:
+        if arguments.pictures:
+            raise ConfigError("zero-shot takes its pictures from --csv, so give no others")
+        pictures, labels = _labelled(Path(arguments.csv))
+        classes = sorted(set(labels)) if arguments.classes is None else _class_names(arguments.classes)
+        strange = sorted(set(labels) - set(classes))
+        if strange:
+            raise DataError(
+                f"{arguments.csv}: label {strange[0]!r} is no class{nearest(strange[0], classes)}"
+            )
+    model = load_dual_encoder(arguments.model)
+    classifier = ZeroShotClassifier(model, classes, arguments.template or TEMPLATES)
+    top_k = 1 if labels else arguments.top_k
+    found = classifier.classify(pictures, top_k, batch_size=arguments.batch_size)
+    if labels:
+        right = sum(row[0][0] == label for row, label in zip(found, labels, strict=True))
+        print(f"top-1 {right / len(labels):.4f} ({right} of {len(labels)}, {len(classes)} classes)")
+        return
+    for path, row in zip(pictures, found, strict=True):
+        print(f"{path}: " + ", ".join(f"{name} {score:.3f}" for name, score in row))
+
+
+def index(arguments: argparse.Namespace) -> None:
+    from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.preprocess import find_pictures
+    from vlm_vision.search import VisualIndex
+
+    if arguments.faiss:
+        require("search", "faiss")
+    pictures = find_pictures(Path(arguments.folder))
+    built = VisualIndex.build(
+        load_dual_encoder(arguments.model),
+        pictures,
+        batch_size=arguments.batch_size,
+        max_bad_share=arguments.max_bad_share,
+    )
+    built.save(arguments.output)
+    if arguments.faiss:
+        built.export_faiss(arguments.faiss)
+    for reason in built.bad:
+        print(f"left out: {reason}")
+    print(f"{arguments.output}: {len(built)} pictures, {len(built.bad)} left out")
+
+
+def search(arguments: argparse.Namespace) -> None:
+    from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.search import VisualIndex
+
+    if (arguments.query is None) == (arguments.image is None):
+        raise ConfigError("search takes one query: a text, or --image FILE")
+    found = VisualIndex.load(arguments.index, load_dual_encoder(arguments.model))
+    query = arguments.query if arguments.image is None else Path(arguments.image)
+    for hit in found.search(query, arguments.top_k):
+        print(f"{hit.score:.4f}  {hit.path}")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config, read_yaml
+    from vlm_vision.train.align_config import AlignConfig
+    from vlm_vision.train.contrastive_config import ContrastiveConfig
+    from vlm_vision.train.plan import plan_align, plan_contrastive
+
+    path, overrides = Path(arguments.config), arguments.overrides
+    options = {"world": arguments.processes, "records": arguments.records}
+    if "stages" in read_yaml(path):
+        print(plan_align(load_config(AlignConfig, path, overrides), **options))
+    else:
+        print(plan_contrastive(load_config(ContrastiveConfig, path, overrides), **options))
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.output or Path("runs") / Path(arguments.config).stem)
+
+
+def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for part, scores in parts.items():
+        if part:
+            print(part)
+        for name, value in scores.items():
+            print(f"  {name:28} {value:.4g}")
+    print(f"model: {output / 'model'}")
+
+
+def _pictures(given: Sequence[str]) -> list[Path]:
+    """Files as they are, folders as the pictures in them.
+
+    Raises:
+        DataError: none given, or one that is not there.
+    """
+    from vlm_vision.preprocess import find_pictures
+
+    if not given:
+        raise DataError("no picture was given: name picture files, or folders of them")
+    absent = [name for name in given if not Path(name).exists()]
+    if absent:
+        raise DataError(f"picture {absent[0]!r} does not exist")
+    return [
+        path
+        for name in given
+        for path in (find_pictures(Path(name)) if Path(name).is_dir() else [Path(name)])
+    ]
+
+
+def _batches(pictures: list[Path], size: int) -> Iterator[list[Path]]:
+    for start in range(0, len(pictures), size):
+        yield pictures[start : start + size]
+
+
+def _class_names(given: str) -> list[str]:
+    """Names of a file, one per line, or between commas."""
+    is_file = Path(given).is_file()
+    names = Path(given).read_text(encoding="utf-8").splitlines() if is_file else given.split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
+def _labelled(path: Path) -> tuple[list[Path], list[str]]:
+    """Pictures and labels of a CSV with the columns image and label; paths are relative to its folder.
+
+    Raises:
+        DataError: no such file or column, no row, or an empty label.
+    """
+    if not path.is_file():
+        raise DataError(f"{str(path)!r} does not exist")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        columns = rows.fieldnames or []
+        for column in ("image", "label"):
+            if column not in columns:
+                listed = ", ".join(columns)
+                raise DataError(f"{path}: no column {column!r}{nearest(column, columns)} (columns: {listed})")
+        table = [(row["image"] or "", (row["label"] or "").strip()) for row in rows]
+    for number, (image, label) in enumerate(table, start=1):
+        if not image or not label:
+            raise DataError(f"{path}, row {number}: {'label' if image else 'image'} is empty")
+    if not table:
+        raise DataError(f"{path}: holds no row")
+    return [path.parent / image for image, _ in table], [label for _, label in table]
