@@ -32,6 +32,17 @@ TOWER = {
         "weights": "none",
     }
 }
+RESNET = {
+    "backbone": {
+        "name": "open_clip",
+        "architecture": {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        },
+        "weights": "none",
+    }
+}
 
 
 def tiny_tower(**overrides: Any) -> VisionTower:

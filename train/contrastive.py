@@ -261,8 +261,7 @@ def _learnt(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
     save_file({name: tensor.contiguous() for name, tensor in _learnt(model)}, folder / "learnt.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
-    (folder / "schedule.json").write_text(json.dumps(state), encoding="utf-8")
+    (folder / "schedule.json").write_text(json.dumps(schedule.state_dict()), encoding="utf-8")
 
 
 def _load_learnt(model: nn.Module, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TOWER, tiny_dual_encoder
+from tiny import RESNET, TOWER, tiny_dual_encoder
 from torch import Tensor, nn
 
 from vlm_vision import load_dual_encoder
@@ -20,17 +20,6 @@ from vlm_vision.train.recipes import RECIPES, applicable_rules
 from vlm_vision.train.rules import Rule, matching_rule
 
 WIDTH, HEADS, TOKENS = 16, 4, 5
-RESNET = {
-    "backbone": {
-        "name": "open_clip",
-        "architecture": {
-            "embed_dim": 32,
-            "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
-            "text_cfg": TOWER["backbone"]["architecture"]["text_cfg"],
-        },
-        "weights": "none",
-    }
-}
 
 
 def fused_attention(**options: Any) -> nn.MultiheadAttention:
