@@ -33,6 +33,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, without the pages that some add."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def require(extra: str, *modules: str) -> None:
     """Check that the modules of an extra can be imported, without importing them.
 

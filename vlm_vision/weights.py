@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlm_vision.errors import WeightsError
+from vlm_vision.errors import WeightsError, first_line
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise WeightsError(
             f"{path}: refused, because it is damaged or holds more than tensors (a pickle can run code). "
-            f"Save it again as safetensors. torch says: {str(error).splitlines()[0]}"
+            f"Save it again as safetensors. torch says: {first_line(error)}"
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]

@@ -357,6 +357,11 @@ def test_what_does_not_fit_is_listed(tiny: open_clip.CLIP, tmp_path: Path) -> No
     assert "1 missing: ln_pre.bias" in str(caught.value)
     assert "1 unexpected: extra" in str(caught.value)
     assert "proj: file has (3, 4), model needs (64, 32)" in str(caught.value)
+    save_file({**tiny.state_dict(), "head.weight": torch.zeros(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"1 tensor\(s\) belong to no part of an open_clip model: head.weight"
+    ):
+        load_tower({"backbone": node(tmp_path / "more.safetensors")})
 
 
 def test_weights_that_are_not_there_or_not_whole_say_so(

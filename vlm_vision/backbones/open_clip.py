@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import OpenClipConfig
-from vlm_vision.errors import ConfigError, WeightsError, nearest
+from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import find_weights_file, load_strict, read_state_dict
 
 RANDOM = "none"
+# Beside the towers: CoCa's decoder, which a dual encoder leaves out, and SigLIP's bias.
+KNOWN = ("visual.", "text.", "text_decoder.", "logit_scale", "logit_bias")
+# Only OpenAI's own files carry these beside their tensors, and all of them use QuickGELU.
+OPENAI_CONSTANTS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def list_models() -> list[str]:
@@ -85,12 +89,13 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
         raise ConfigError(
             f"{_origin(config)}: its text tower needs files of "
             f"{text_cfg.get('hf_model_name') or text_cfg.get('hf_tokenizer_name')!r} from the hub, which "
-            f"cannot be reached ({str(error).splitlines()[0]})"
+            f"cannot be reached ({first_line(error)})"
         ) from error
     logit_scale = float(architecture.get("init_logit_scale", math.log(1 / 0.07)))
     state = _weights(config, architecture) if load_weights else None
     if state is not None:
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
+        own.pop("transformer.embeddings.position_ids", None)  # a constant in old files with text from the hub
         load_strict(encoder, own, _origin(config))
         if "logit_scale" not in state:
             raise WeightsError(
@@ -293,10 +298,14 @@ def _weights(config: OpenClipConfig, architecture: Mapping[str, Any]) -> dict[st
         return None
     path = _weights_path(config, architecture)
     state: dict[str, Tensor] = convert_to_custom_text_state_dict(read_state_dict(path))
-    if (
-        "input_resolution" in state
-    ):  # a constant that only OpenAI's own files carry, and they all use QuickGELU
+    if OPENAI_CONSTANTS & state.keys():
         _check_activation(config, architecture, trained_with_quick_gelu=True)
+    strange = [name for name in state if not name.startswith(KNOWN) and name not in OPENAI_CONSTANTS]
+    if strange:
+        raise WeightsError(
+            f"{_origin(config)}: {len(strange)} tensor(s) belong to no part of an open_clip model: "
+            f"{', '.join(sorted(strange)[:5])}"
+        )
     return state
 
 
@@ -323,6 +332,6 @@ def _weights_path(config: OpenClipConfig, architecture: Mapping[str, Any]) -> Pa
         return Path(open_clip.download_pretrained(record))
     except Exception as error:  # the hub's and the web's errors are many families
         raise WeightsError(
-            f"{_origin(config)}: weights cannot be downloaded ({str(error).splitlines()[0]}); "
+            f"{_origin(config)}: weights cannot be downloaded ({first_line(error)}); "
             "offline, name a file or folder that holds them"
         ) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import TimmConfig
-from vlm_vision.errors import ConfigError, WeightsError, nearest
+from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import load_strict, read_state_dict
 
@@ -43,7 +43,7 @@ def build(config: TimmConfig, *, load_weights: bool = True) -> Backbone:
         model = timm.create_model(name, pretrained=from_tag, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
-            f"timm:{name}: pretrained weights cannot be had ({str(error).splitlines()[0]}); "
+            f"timm:{name}: pretrained weights cannot be had ({first_line(error)}); "
             f"name a weights file, or {RANDOM!r} for random weights"
         ) from error
     if not hasattr(model, "forward_intermediates"):

@@ -23,7 +23,7 @@ from transformers.utils import cached_file, logging
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
-from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
 from vlm_vision.tower_config import PreprocessConfig
 
@@ -167,7 +167,7 @@ def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"transformers:{config.model}: no config at this hub id or folder "
-            f"({str(error).splitlines()[0]}). Offline, download it first and name the folder"
+            f"({first_line(error)}). Offline, download it first and name the folder"
         ) from error
     found = getattr(found, "vision_config", found)
     if not isinstance(found, (CLIPVisionConfig, Dinov2Config)):
