@@ -9,6 +9,7 @@ layout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -67,7 +68,7 @@ class SplitAttention(nn.Module):
 
     def fuse(self) -> nn.MultiheadAttention:
         """The same attention as one `nn.MultiheadAttention`, exactly."""
-        weight, parts = self.out_proj.weight, list(self.in_proj.values())
+        weight, parts = self.out_proj.weight, cast("list[nn.Linear]", list(self.in_proj.values()))
         fused = nn.MultiheadAttention(
             self.out_proj.in_features,
             self.num_heads,

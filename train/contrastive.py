@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -29,7 +30,7 @@ from vlm_vision.train.optim import (
     warmup_cosine,
     warmup_steps,
 )
-from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
+from vlm_vision.train.pairs import EpochBatches, Pairs, TrainingPairs, write_bad_list
 from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
 from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.run import Run, check_finite, prepare_process
@@ -102,14 +103,17 @@ def train_contrastive(
         if isinstance(batch, DataError):
             raise batch
         bad.note(batch.bad)
-        seen, truncated = seen + len(batch.tokens), truncated + batch.truncated
+        seen, truncated = seen + len(batch.captions), truncated + batch.truncated
         # Dropout draws from here; seeding by step makes a resumed run draw the same.
         torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
         _train_mode(model)
         pixels = model.image_processor.normalise(batch.squares).to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            image, text, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
-        loss = info_nce_loss(image.float(), text.float(), logit_scale)
+            image, distinct, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
+        # A caption that repeats is encoded once; its embedding's gradients are summed in fp32.
+        captions = batch.captions.to(device)
+        image, text = image.float(), embedding(captions, distinct.float())
+        loss = info_nce_loss(image, text, logit_scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         grad_norm = nn.utils.clip_grad_norm_(learning, config.grad_clip)
@@ -129,9 +133,9 @@ def train_contrastive(
                 step,
                 loss=float(mean_loss),
                 grad_norm=float(grad_norm),
-                lr=used_lr,
+                lr=float(used_lr),
                 logit_scale=model.logit_scale.exp().item(),
-                accuracy=_batch_accuracy(image, text),
+                accuracy=_batch_accuracy(image, distinct, captions),
                 truncated_captions=truncated / seen,
             )
         if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
@@ -205,7 +209,7 @@ def _loader(
     )
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -243,10 +247,10 @@ class BadPictures:
             )
 
 
-def _batch_accuracy(image: Tensor, text: Tensor) -> float:
-    """Share of this rank's pictures whose own caption is the nearest of this rank's."""
-    nearest = (image.detach() @ text.detach().T).argmax(dim=1)
-    return float((nearest == torch.arange(len(image), device=image.device)).float().mean())
+def _batch_accuracy(image: Tensor, distinct: Tensor, captions: Tensor) -> float:
+    """Share of this rank's pictures whose own caption is the nearest of this rank's distinct ones."""
+    nearest = (image.detach() @ distinct.detach().float().T).argmax(dim=1)
+    return float((nearest == captions).float().mean())
 
 
 def _learnt(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

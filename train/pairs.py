@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +146,16 @@ class TrainingPairs(Dataset[Any]):
             captions, templates = self.pairs.captions(used), self.pairs.config.templates
             caption = captions[random.integers(len(captions))]
             texts.append(templates[random.integers(len(templates))].replace("{}", caption))
-        truncated = sum(self.tokenizer.is_truncated(text) for text in texts)
-        return Batch(torch.from_numpy(np.stack(squares)), self.tokenizer(texts), bad, truncated)
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        is_truncated = [self.tokenizer.is_truncated(text) for text in distinct]
+        which = [distinct[text] for text in texts]
+        return Batch(
+            squares=torch.from_numpy(np.stack(squares)),
+            tokens=self.tokenizer(list(distinct)),
+            captions=torch.tensor(which),
+            bad=bad,
+            truncated=sum(is_truncated[number] for number in which),
+        )
 
     def _open(self, index: int, bad: list[str]) -> tuple[Image.Image, int]:
         for step in range(len(self.pairs)):
@@ -160,16 +169,31 @@ class TrainingPairs(Dataset[Any]):
         raise DataError(f"{self.pairs.config.path}: not one picture can be read; the last says: {bad[-1]}")
 
 
+@dataclass
 class Batch:
-    """Pictures as bytes [B,H,W,3], token ids [B,T], what was replaced, how many captions lost their end."""
+    """B pairs, which have C distinct captions: class names in templates repeat, and embed alike.
 
-    def __init__(
-        self, squares: UInt8[Tensor, "b h w 3"], tokens: Int[Tensor, "b t"], bad: list[str], truncated: int
-    ) -> None:
-        self.squares, self.tokens, self.bad, self.truncated = squares, tokens, bad, truncated
+    Attributes:
+        squares: pictures as bytes.
+        tokens: of the distinct captions.
+        captions: for each picture, which of them is its own.
+        bad: pictures that were replaced, each with its error.
+        truncated: pairs whose caption is longer than the text tower takes.
+    """
+
+    squares: UInt8[Tensor, "b h w 3"]
+    tokens: Int[Tensor, "c t"]
+    captions: Int[Tensor, " b"]
+    bad: list[str]
+    truncated: int
 
     def pin_memory(self) -> Batch:
-        return Batch(self.squares.pin_memory(), self.tokens.pin_memory(), self.bad, self.truncated)
+        return replace(
+            self,
+            squares=self.squares.pin_memory(),
+            tokens=self.tokens.pin_memory(),
+            captions=self.captions.pin_memory(),
+        )
 
 
 class EpochBatches(Sampler[list[SampleKey]]):

@@ -21,6 +21,8 @@ from vlm_vision.train import contrastive
 from vlm_vision.train.checkpoint import latest_checkpoint
 from vlm_vision.train.contrastive import train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
+from vlm_vision.train.losses import info_nce_loss
+from vlm_vision.train.pairs import EpochBatches, Pairs, TrainingPairs
 from vlm_vision.train.recipes import choose_recipe
 from vlm_vision.train.run import read_metrics
 
@@ -103,6 +105,38 @@ def test_metrics_tell_the_rate_that_was_used(data: Path, tmp_path: Path) -> None
         }  # fmt: skip
         assert 0 <= line["accuracy"] <= 1
         assert line["truncated_captions"] == 0
+
+
+def test_a_caption_that_repeats_counts_as_often_as_it_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 pictures have 4 captions: the gradients are those of encoding every pair's own."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        seen["image"], seen["text"] = image.detach(), text.detach()
+        return info_nce_loss(image, text, logit_scale)
+
+    settings = config(data, steps=1, data={"path": str(data / "train.csv")}, augment={})
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "info_nce_loss", keep)
+        train_contrastive(settings, tmp_path / "run")
+    model, pairs = DualEncoder.from_pretrained(data / "model"), Pairs(settings.data)
+    training = TrainingPairs(pairs, model.image_processor, model.tokenizer, settings.augment, settings.seed)
+    keys = next(iter(EpochBatches(PICTURES, BATCH, settings.seed, 0, 1, 0, 1)))
+    pixels = model.image_processor.normalise(training._batch(keys).squares)
+    texts = [pairs.captions(index)[0] for _, index in keys]
+    assert len(set(texts)) < BATCH
+    image, text, logit_scale = model(pixels, model.tokenizer(texts))
+    assert torch.allclose(seen["text"], text, rtol=0, atol=1e-6)
+    assert torch.allclose(seen["image"], image, rtol=0, atol=1e-6)
+    info_nce_loss(image, text, logit_scale).backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    nearest = (image @ text.T).argmax(dim=1).tolist()
+    right = [texts[found] == own for found, own in zip(nearest, texts, strict=True)]
+    ((logged_norm, accuracy),) = curve(tmp_path / "run", "grad_norm", "accuracy")
+    assert logged_norm == pytest.approx(float(norm), rel=1e-5)  # worst measured: 1e-7
+    assert accuracy == sum(right) / BATCH
 
 
 def test_epochs_count_whole_batches(data: Path, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_an_unreadable_picture_is_an_error_unless_some_are_allowed(
     assert isinstance(batch, Batch)
     assert batch.squares[:, 0, 0, 0].tolist() == [0, 30, 30, 30]  # replaced by the next that can be read
     words = [model.tokenizer(word)[0, 1].item() for word in "addd"]
-    assert batch.tokens[:, 1].tolist() == words  # with its own caption
+    assert batch.tokens[batch.captions, 1].tolist() == words  # with its own caption
     assert [error.split(":")[0].rpartition(", ")[2] for error in batch.bad] == ["row 2", "row 3", "row 3"]
 
 
@@ -252,13 +252,20 @@ def test_no_readable_picture_at_all(tmp_path: Path, model: DualEncoder) -> None:
     assert "not one picture can be read; the last says: " in str(error)
 
 
+def test_captions_that_repeat_in_a_batch_are_tokenised_once(tmp_path: Path, model: DualEncoder) -> None:
+    config = csv_of(tmp_path, "image,caption", "0.png,cat", "1.png,dog", "2.png,cat", "3.png,cat")
+    batch = training(Pairs(config), model)._batch([(0, index) for index in (3, 1, 0, 2)])
+    assert batch.captions.tolist() == [0, 1, 0, 0]
+    assert batch.tokens.equal(model.tokenizer(["cat", "dog"]))
+
+
 def test_captions_that_lose_their_end_are_counted(tmp_path: Path, model: DualEncoder) -> None:
     config = csv_of(tmp_path, "image,caption", "0.png," + "cat " * 14, "1.png," + "cat " * 15, "2.png,cat")
-    batch = training(Pairs(config), model)._batch([(0, 0), (0, 1), (0, 2)])
-    assert batch.truncated == 1
+    batch = training(Pairs(config), model)._batch([(0, 0), (0, 1), (0, 2), (0, 1)])
+    assert batch.truncated == 2
     end = model.tokenizer("")[0, 1]
     assert batch.tokens[1, -1] == end
-    assert len({tuple(row.tolist()) for row in batch.tokens[:2]}) == 1
+    assert batch.tokens[0].equal(batch.tokens[1])
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path, model: DualEncoder) -> None:

@@ -108,7 +108,7 @@ def test_all_scores_that_are_asked_for_and_the_mode_kept(model: DualEncoder, dat
 
 def test_an_unreadable_held_out_picture_is_an_error(model: DualEncoder, data: PairsConfig) -> None:
     (Path(data.path).parent / "4.png").unlink()
-    with pytest.raises(DataError, match="row 5: picture .* does not exist"):
+    with pytest.raises(DataError, match=r"row 5: picture .* does not exist"):
         zero_shot_top1(model, data.model_copy(update={"max_bad_share": 1.0}))
 
 
