@@ -62,7 +62,6 @@ def train_contrastive(
     start = found[0] if found else 0
     if (Path(output) / "model").exists():
         raise DataError(f"{output} already holds a trained model: give another output folder")
-    run = Run(output, config, resume_step=start)
 
     model = load_dual_encoder(
         config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
@@ -71,7 +70,7 @@ def train_contrastive(
     for held_out in (config.validation.zero_shot, config.validation.retrieval):
         if held_out:
             Pairs(held_out)  # what is wrong with it shows now, not when training is done
-    rules, lr = _prepare_learning(model, pairs, config, quiet=not run.is_main)
+    rules, lr = _prepare_learning(model, pairs, config, quiet=rank != 0)
     model.to(device)
     if found:
         _load_learnt(model, found[1])
@@ -79,6 +78,7 @@ def train_contrastive(
     total_steps = _total_steps(config, len(pairs))
     if start >= total_steps:
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
+    loader = _loader(model, pairs, config, start, total_steps, rank, world)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, rules, lr=lr, weight_decay=config.weight_decay),
         betas=config.betas,
@@ -92,58 +92,60 @@ def train_contrastive(
         )
         schedule.load_state_dict(json.loads((found[1] / "schedule.json").read_text(encoding="utf-8")))
 
-    loader = _loader(model, pairs, config, start, total_steps, rank, world)
+    run = Run(output, config, resume_step=start)
     parallel: nn.Module = DistributedDataParallel(model) if world > 1 else model
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scores: dict[str, float] = {}
     bad = BadPictures(run.folder / "bad_samples.jsonl", pairs)
     seen = truncated = 0
-    bar = run.progress(total_steps, "contrastive", start=start)
-    for step, batch in enumerate(loader, start=start + 1):
-        if isinstance(batch, DataError):
-            raise batch
-        bad.note(batch.bad)
-        seen, truncated = seen + len(batch.captions), truncated + batch.truncated
-        # Dropout draws from here; seeding by step makes a resumed run draw the same.
-        torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
-        _train_mode(model)
-        pixels = model.image_processor.normalise(batch.squares).to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            image, distinct, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
-        # A caption that repeats is encoded once; its embedding's gradients are summed in fp32.
-        captions = batch.captions.to(device)
-        image, text = image.float(), embedding(captions, distinct.float())
-        loss = info_nce_loss(image, text, logit_scale)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(learning, config.grad_clip)
-        if step == start + 1:
-            check_lora_gradients(model)
-        mean_loss = _mean_over_ranks(loss.detach(), world)
-        check_finite(float(mean_loss), float(grad_norm), step)
-        optimizer.step()
-        used_lr = schedule.get_last_lr()[0]
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        bar.update()
-        if step % config.log_every == 0 or step == total_steps:
-            bar.set_postfix(loss=f"{float(mean_loss):.3f}")
-            run.log(
-                step,
-                loss=float(mean_loss),
-                grad_norm=float(grad_norm),
-                lr=float(used_lr),
-                logit_scale=model.logit_scale.exp().item(),
-                accuracy=_batch_accuracy(image, distinct, captions),
-                truncated_captions=truncated / seen,
-            )
-        if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
-            save_checkpoint(run.checkpoints, step, lambda folder: _write(folder, model, optimizer, schedule))
-        every = config.validation.every
-        if run.is_main and every and step % every == 0 and step < total_steps:
-            run.log(step, **validate_dual_encoder(model, config.validation))
-    bar.close()
+    _train_mode(model)
+    with run.progress(total_steps, "contrastive", start=start) as bar:
+        for step, batch in enumerate(loader, start=start + 1):
+            if isinstance(batch, DataError):
+                raise batch
+            bad.note(batch.bad)
+            seen, truncated = seen + len(batch.captions), truncated + batch.truncated
+            # Dropout draws from here; seeding by step makes a resumed run draw the same.
+            torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
+            pixels = model.image_processor.normalise(batch.squares).to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                image, distinct, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
+            # A caption that repeats is encoded once; its embedding's gradients are summed in fp32.
+            captions = batch.captions.to(device)
+            image, text = image.float(), embedding(captions, distinct.float())
+            loss = info_nce_loss(image, text, logit_scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            grad_norm = nn.utils.clip_grad_norm_(learning, config.grad_clip)
+            if step == start + 1:
+                check_lora_gradients(model)
+            mean_loss = _mean_over_ranks(loss.detach(), world)
+            check_finite(float(mean_loss), float(grad_norm), step)
+            optimizer.step()
+            used_lr = schedule.get_last_lr()[0]
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            bar.update()
+            if step % config.log_every == 0 or step == total_steps:
+                bar.set_postfix(loss=f"{float(mean_loss):.3f}")
+                run.log(
+                    step,
+                    loss=float(mean_loss),
+                    grad_norm=float(grad_norm),
+                    lr=float(used_lr),
+                    logit_scale=model.logit_scale.exp().item(),
+                    accuracy=_batch_accuracy(image, distinct, captions),
+                    truncated_captions=truncated / seen,
+                )
+            if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
+                save_checkpoint(
+                    run.checkpoints, step, lambda folder: _write(folder, model, optimizer, schedule)
+                )
+            every = config.validation.every
+            if run.is_main and every and step % every == 0 and step < total_steps:
+                run.log(step, **validate_dual_encoder(model, config.validation))
+                _train_mode(model)
     if truncated and run.is_main:
         print(
             f"{truncated:,} of {seen:,} captions were longer than the text tower's "

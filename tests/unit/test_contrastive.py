@@ -347,6 +347,7 @@ def test_what_a_checkpoint_does_not_fit_is_refused(data: Path, killed: Path) -> 
         train_contrastive(config(data, recipe="frozen_vision"), killed, resume=True)
     with pytest.raises(ConfigError, match="is at step 4, and this config ends at 3: train longer"):
         train_contrastive(config(data, steps=3), killed, resume=True)
+    assert load_config(ContrastiveConfig, killed / "config.yaml") == config(data, save_every=2)
 
 
 def test_a_used_folder_is_refused(data: Path, killed: Path) -> None:
@@ -444,7 +445,7 @@ def test_input_that_does_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         train_contrastive(config(data, **changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
