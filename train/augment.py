@@ -44,7 +44,7 @@ def crop_box(
 
 
 def jitter(image: Image.Image, config: AugmentConfig, random: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation by factors of 1 +- their amount, in random order; hue by a shift."""
+    """Brightness, contrast, saturation by factors of 1 +- their amount, in random order; hue by a shift."""
     enhancers = (
         (ImageEnhance.Brightness, config.brightness),
         (ImageEnhance.Contrast, config.contrast),

@@ -25,7 +25,7 @@ def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
         learns = rule is not None and (rule.learn == "full" or (rule.learn == "lora" and ".lora_" in name))
         parameter.requires_grad_(learns)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("no parameter learns: every rule says frozen, or lora where there is no linear layer")
+        raise ConfigError("no parameter learns: every rule says frozen, or lora where no layer takes it")
 
 
 def parameter_groups(
@@ -62,7 +62,7 @@ def warmup_cosine(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up then cosine to 0, as a factor on every group's own learning rate.
 
-    Same values as open_clip's `cosine_lr` (`open_clip_train/scheduler.py`), which sets one rate for all groups.
+    Same values as open_clip's `cosine_lr` (`open_clip_train/scheduler.py`), which sets one rate for all.
     """
 
     def factor(step: int) -> float:
