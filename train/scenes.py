@@ -39,7 +39,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "orange": (0.085, 0.98, 0.98),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIZES: dict[str, float] = {"small": 0.15, "large": 0.205}  # radius as a share of the picture
+SIZES: dict[str, float] = {"small": 0.16, "large": 0.22}  # radius as a share of the picture
 PAIRS: tuple[Pair, ...] = tuple(product(COLOURS, SHAPES))
 
 # Never in a picture, caption or question for training. No two share a colour or a shape: those stay common.
@@ -224,12 +224,11 @@ def _sample_object(rng: np.random.Generator, colour: str, shape: str) -> SceneOb
         min(1.0, saturation * rng.uniform(0.92, 1.05)),
         min(1.0, value * rng.uniform(0.92, 1.05)),
     )
-    return SceneObject(colour, shape, size, row, column, x, y, radius, rng.uniform(-0.2, 0.2), rgb)
+    return SceneObject(colour, shape, size, row, column, x, y, radius, rng.uniform(-0.15, 0.15), rgb)
 
 
 def _sample_background(rng: np.random.Generator) -> Background:
-    low, high = pick(rng, ((0.12, 0.34), (0.66, 0.92)))  # dark or light: both stand off from strong colours
-    first, second = (_rgb(rng.uniform(), rng.uniform(0, 0.15), rng.uniform(low, high)) for _ in range(2))
+    first, second = (_rgb(rng.uniform(), rng.uniform(0, 0.25), rng.uniform(0.05, 0.4)) for _ in range(2))
     return Background(
         pick(rng, BACKGROUNDS),
         first,
