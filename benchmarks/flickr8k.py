@@ -1,8 +1,9 @@
-"""Flickr8k's photographs through the whole way: contrastive fit, alignment, caption loss with right and wrong pictures.
+"""Flickr8k's photographs through the whole way: contrastive fit, alignment, caption loss.
 
     python benchmarks/flickr8k.py --data ../shared/data/flickr8k-800 --output runs/flickr8k
 
-`--data` holds `captions.csv` (image,caption) and `images/`. Prints recall on the photographs and the two losses.
+`--data` holds `captions.csv` (image,caption) and its pictures. Prints recall on the photographs, and the caption
+loss with the right photographs and with others in their place.
 """
 
 from __future__ import annotations
@@ -28,25 +29,27 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/flickr8k"))
     arguments = parser.parse_args()
     data, output = arguments.data, arguments.output
     began = time.perf_counter()
 
-    table, images = data / "captions.csv", data / "images"
+    table = data / "captions.csv"
     scores = train_contrastive(
         load_config(
             ContrastiveConfig,
             CONFIGS / "flickr8k_contrastive.yaml",
-            [f"data.path={table}", f"data.image_folder={images}"],
+            [f"data.path={table}"],
         ),
         output / "contrastive",
     )
     contrastive_seconds = time.perf_counter() - began
 
-    records = caption_records(Pairs(PairsConfig(path=str(table), image_folder=str(images))))
+    records = caption_records(Pairs(PairsConfig(path=str(table))))
     conversations = output / "captions.json"
     conversations.write_text(json.dumps(records), encoding="utf-8")
     captions = [record["conversations"][1]["value"] for record in records]
@@ -60,13 +63,13 @@ def main() -> None:
                 f"model.tower={output / 'contrastive' / 'model'}",
                 f"model.llm={output / 'llm'}",
                 *(f"stages.{stage}.data.file={conversations}" for stage in (0, 1)),
-                *(f"stages.{stage}.data.image_folder={images}" for stage in (0, 1)),
+                *(f"stages.{stage}.data.image_folder={data}" for stage in (0, 1)),
             ],
         ),
         output / "align",
     )
     model = VisionLanguageModel.from_pretrained(output / "align" / "model")
-    held = Conversations(conversations, images)
+    held = Conversations(conversations, data)
     figures = {
         **scores,
         "caption_loss": caption_loss(model, held, max_length=128),

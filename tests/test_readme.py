@@ -40,7 +40,12 @@ def test_adapt_snippet(folder: Path) -> None:
     for line in BLOCKS["adapt"].strip().splitlines():
         assert line.startswith("vlm-vision ")
         done = subprocess.run(
-            line.replace("vlm-vision", command, 1), cwd=folder, shell=True, capture_output=True, text=True, timeout=300
+            line.replace("vlm-vision", command, 1),
+            cwd=folder,
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
     assert "circle" in done.stdout

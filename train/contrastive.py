@@ -75,7 +75,7 @@ def train_contrastive(
     if found:
         _load_learnt(model, found[1])
 
-    total_steps = _total_steps(config, len(pairs))
+    total_steps = config.total_steps(len(pairs))
     if start >= total_steps:
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
     loader = _loader(model, pairs, config, start, total_steps, rank, world)
@@ -187,13 +187,6 @@ def _prepare_learning(
     if not config.rules and not row.changes_patches:
         print("  the vision layers are frozen, so the patch features that a VLM reads stay as they are")
     return rules, lr
-
-
-def _total_steps(config: ContrastiveConfig, size: int) -> int:
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return max(1, round(config.epochs * (size // config.batch_size)))
 
 
 def _loader(

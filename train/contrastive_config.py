@@ -127,3 +127,10 @@ class ContrastiveConfig(Config):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length of the run once, as `epochs` or as `steps`")
         return self
+
+    def total_steps(self, pictures: int) -> int:
+        """Optimizer steps on a data set; pictures that do not fill an epoch's last batch sit it out."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * (pictures // self.batch_size)))

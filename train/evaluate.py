@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlm_vision.errors import DataError
+from vlm_vision.progress import progress_bar
 from vlm_vision.train.conversations import (
     IMAGE_TOKEN,
     ConversationDataset,
@@ -20,7 +21,6 @@ from vlm_vision.train.conversations import (
     Turn,
     collate,
 )
-from vlm_vision.train.run import progress_bar
 from vlm_vision.train.vlm import VisionLanguageModel
 
 

@@ -196,7 +196,7 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
         name="contrastive",
         settings=f"batch {config.batch_size}, {config.precision}, {chosen}",
         length=_length(config.steps, config.epochs, config.batch_size, pictures, config.data.path),
-        steps=_contrastive_steps(config, pictures),
+        steps=None if config.steps is None and pictures is None else config.total_steps(pictures or 0),
         tokens_per_step=config.batch_size * (tokens_per_image + model.tokenizer.context_length),
         parts=_parts(model, 0, world, "autocast" if config.precision == "bf16" else "fp32"),
     )
@@ -275,13 +275,6 @@ def _count_conversations(stage: Stage, records: int | None) -> int | None:
             follow_links=data.follow_links,
         )
     )
-
-
-def _contrastive_steps(config: ContrastiveConfig, pictures: int | None) -> int | None:
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return None if pictures is None else max(1, round(config.epochs * (pictures // config.batch_size)))
 
 
 def _length(steps: int | None, epochs: float | None, batch_size: int, count: int | None, path: str) -> str:

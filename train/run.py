@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vlm_vision.config import Config, save_config
 from vlm_vision.errors import VlmVisionError
+from vlm_vision.progress import progress_bar
 
 
 class Run:
@@ -61,18 +61,6 @@ class Run:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-
-def progress_bar(total: int, description: str, *, start: int = 0, disable: bool = False) -> Any:
-    """The project's one progress bar: description, share, time left, latest values."""
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=description,
-        disable=disable,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
-    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from pydantic import Field
 
 from vlm_vision.config import Config
+from vlm_vision.progress import progress_bar
 
 T = TypeVar("T")
 RGB = tuple[int, int, int]
@@ -66,7 +67,6 @@ ASK_SHAPE = ("What shape is the {} object?", "Which shape does the {} object hav
 ASK_COUNT = ("How many objects are there?", "How many shapes are in the picture?")
 ASK_EXISTS = ("Is there {}?", "Does the picture show {}?")
 ASK_SIDE = ("Is the {} left or right of the {}?", "On which side of the {1} is the {0}, left or right?")
-ASK_LEFT = ("Is the {} left of the {}?", "Is the {} further left than the {}?")
 
 
 class SceneConfig(Config):
@@ -338,7 +338,7 @@ def describe(scene: Scene) -> str:
 def questions(
     scene: Scene, rng: np.random.Generator, balance: int, about: SceneObject | None = None
 ) -> list[Question]:
-    """Questions with one-word answers, in random order: 4 about a scene of one object, up to 6 of more.
+    """Questions with one-word answers, in random order: 4 about a scene of one object, up to 5 of more.
 
     Args:
         balance: its bits say which answers the yes/no and left/right questions get; counting up over the
@@ -361,34 +361,31 @@ def questions(
     colour, shape = pick(rng, subjects).pair
     there = balance & 1
     if not there:
-        colour, shape = pick(rng, hard_negatives(scene, (colour, shape)))
+        colour, shape = pick(rng, pick(rng, absent_pairs(scene, (colour, shape))))
     text = pick(rng, ASK_EXISTS).format(with_article(f"{colour} {shape}"))
     asked.append(Question("exists", text, "yes" if there else "no"))
 
     beside = [(a, b) for a, b in scene.side_by_side() if a.x < b.x and (a in subjects or b in subjects)]
-    # Two questions about the same two objects would answer each other.
-    for kind, pair in zip(rng.permutation(2), rng.permutation(len(beside)), strict=False):
-        a, b = beside[pair]
-        if kind == 0:
-            a, b, answer = (a, b, "left") if balance & 2 else (b, a, "right")
-            asked.append(Question("side", pick(rng, ASK_SIDE).format(a.name, b.name), answer))
-        else:
-            a, b, answer = (a, b, "yes") if balance & 4 else (b, a, "no")
-            asked.append(Question("left_of", pick(rng, ASK_LEFT).format(a.name, b.name), answer))
+    if beside:
+        a, b = pick(rng, beside)
+        a, b, answer = (a, b, "left") if balance & 2 else (b, a, "right")
+        first, second = (thing.shape if shapes[thing.shape] == 1 else thing.name for thing in (a, b))
+        asked.append(Question("side", pick(rng, ASK_SIDE).format(first, second), answer))
     return [asked[i] for i in rng.permutation(len(asked))]
 
 
-def hard_negatives(scene: Scene, pair: Pair) -> list[Pair]:
-    """Pairs that share the colour or the shape of `pair` and are not in the scene.
+def absent_pairs(scene: Scene, pair: Pair) -> list[list[Pair]]:
+    """Pairs that are not in the scene: those that share the colour of `pair`, its shape, or neither.
 
     Unseen pairs are none of them: a model would learn that those are never there.
     """
     present = {thing.pair for thing in scene.objects}
-    return [
-        other
-        for other in SEEN_PAIRS
-        if other not in present and (other[0] == pair[0]) != (other[1] == pair[1])
+    absent = [other for other in SEEN_PAIRS if other not in present]
+    groups = [
+        [other for other in absent if (other[0] == pair[0], other[1] == pair[1]) == shared]
+        for shared in ((True, False), (False, True), (False, False))
     ]
+    return [group for group in groups if group]
 
 
 def with_article(name: str) -> str:
@@ -404,8 +401,6 @@ def _listing(parts: Sequence[str]) -> str:
 
 def write_scenes(config: SceneConfig, folder: str | Path) -> ScenePaths:
     """Draw the whole set into `folder` and write its tables and conversations."""
-    from vlm_vision.train.run import progress_bar  # imports torch, which nothing else here needs
-
     paths = ScenePaths(Path(folder))
     numbers: dict[Split, int] = {
         "train": config.train_pictures,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from vlm_vision.adapters.build import load_projector, save_projector
 from vlm_vision.adapters.config import Grid
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.files import whole_folder
 from vlm_vision.tower import VisionTower, resolve_folder
 from vlm_vision.train.conversations import (
     IGNORE_INDEX,
@@ -220,12 +218,8 @@ class VisionLanguageModel(nn.Module):
         Raises:
             WeightsError: a tensor is empty, or one did not reach the file.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            partial.chmod(0o755)
-            config = {"model_type": MODEL_TYPE, "parts": [part for part in PARTS if part in parts]}
+        config = {"model_type": MODEL_TYPE, "parts": [part for part in PARTS if part in parts]}
+        with whole_folder(folder) as partial:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if "tower" in parts:
                 self.vision_tower.save_pretrained(partial / "tower")
@@ -235,11 +229,6 @@ class VisionLanguageModel(nn.Module):
                 self.llm.save_pretrained(partial / "llm")
                 _check_saved(self.llm, partial / "llm")
                 self.tokenizer.save_pretrained(partial / "llm")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
