@@ -149,7 +149,7 @@ def _language(paths: ScenePaths, output: Path, seed: int) -> None:
     config = shipped_config(LanguageConfig, "demo_language.yaml", [f"seed={seed}"])
     chats = text_chats(json.loads(paths.train_json.read_text(encoding="utf-8")))
     pairs = Pairs(PairsConfig(path=str(paths.train_csv)))
-    texts = [pairs.captions(index)[-1] for index in range(len(pairs))]
+    texts = [pairs.captions(index)[0] for index in range(len(pairs))]
     warm_start_llm(chats, texts, config, output / "llm")
 
 

@@ -107,6 +107,7 @@ def warm_start_llm(
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
             max_position_embeddings=config.max_length,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

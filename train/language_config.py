@@ -13,6 +13,8 @@ class LanguageConfig(Config):
     Attributes:
         vocab_size: most tokens of the vocabulary, the 256 bytes and the markers among them.
         max_length: most positions of a sequence, image tokens included.
+        rope_theta: base of the rotary positions; a large one leaves most channels free to look things up by
+            content, which is what a model must learn to answer from image tokens at any distance.
         row_length: tokens of a training row, into which texts are packed one after the other.
         batch_size: rows of a step.
         lr: peak learning rate, reached by a linear warm-up and followed by a cosine to 0.
@@ -25,6 +27,7 @@ class LanguageConfig(Config):
     mlp_size: int = Field(default=512, ge=1)
     vocab_size: int = Field(default=512, ge=280)
     max_length: int = Field(default=512, ge=8)
+    rope_theta: float = Field(default=1e6, gt=1)
     row_length: int = Field(default=128, ge=8)
     steps: int = Field(default=100, ge=1)
     batch_size: int = Field(default=16, ge=1)

@@ -48,7 +48,6 @@ UNSEEN_PAIRS: tuple[Pair, ...] = (
     ("red", "cross"),
     ("green", "star"),
     ("blue", "triangle"),
-    ("purple", "square"),
 )
 SEEN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
@@ -316,7 +315,9 @@ def _draw_background(background: Background, image_size: int) -> Image.Image:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Three captions: all that is known, how objects stand to each other (or where), their names alone."""
+    """Four captions: all that is known, how objects stand to each other (or where), their names, and only their
+    shapes or only their colours, without which a pair that was never seen would be hard to put together.
+    """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     names = _listing([with_article(thing.name) for thing in objects])
     if len(objects) == 1:
@@ -326,7 +327,9 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
         others = [f", and {with_article(thing.name)}" for thing in objects if thing not in (a, b)]
         side = "left" if a.x < b.x else "right"
         related = f"{with_article(a.name)} to the {side} of {with_article(b.name)}{''.join(others)}"
-    return [describe(scene), pick(rng, PHOTO_OF).format(related), pick(rng, PHOTO_OF).format(names)]
+    partial = pick(rng, ([thing.shape for thing in objects], [f"{thing.colour} object" for thing in objects]))
+    parts = _listing([with_article(name) for name in partial])
+    return [describe(scene), *(pick(rng, PHOTO_OF).format(text) for text in (related, names, parts))]
 
 
 def describe(scene: Scene) -> str:
