@@ -160,7 +160,7 @@ def _align(paths: ScenePaths, output: Path, seed: int) -> dict[str, dict[str, fl
         "demo_align.yaml",
         [
             f"model.tower={output / 'tower'}",
-            f"model.llm={output / 'language'}",
+            f"model.llm={output / 'llm'}",
             f"stages.0.data.file={paths.captions_json}",
             f"stages.0.data.image_folder={folder}",
             f"stages.1.data.file={paths.train_json}",

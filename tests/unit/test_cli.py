@@ -451,6 +451,15 @@ def test_plan_of_the_llava_configs(stage: str, steps: str, capsys: pytest.Captur
     assert "give --records N" in run(capsys, "plan", path)
 
 
+def test_plan_of_the_vit_l14_adaptation(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "plan", CONFIGS / "vit_l14_336_lora.yaml", "--records", 50_000)
+    assert "tokens per image: 577" in printed
+    assert "steps: 975 (5 epoch(s) of 50,000 // 256)" in printed
+    # 24 layers of width 1024, rank 16: q, k, v, out (2 x 1024 each), c_fc and c_proj (1024 + 4096 each)
+    adapters = 24 * 16 * (4 * 2 * 1024 + 2 * (1024 + 4096))
+    assert f"{adapters:,}" in printed
+
+
 def test_plan_counts_data_that_is_there(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
