@@ -1,6 +1,6 @@
 """Curves of a training run as a picture, for docs/.
 
-    python benchmarks/plot_run.py runs/cifar10 -o docs/images/cifar10.png
+python benchmarks/plot_run.py runs/cifar10 -o docs/images/cifar10.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SHOWN = ("loss", "accuracy", "lr")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder with a metrics.jsonl")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()

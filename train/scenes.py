@@ -314,9 +314,7 @@ def _draw_background(background: Background, image_size: int) -> Image.Image:
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Four captions: all that is known, how objects stand to each other (or where), their names, and only their
-    shapes or only their colours, without which a pair that was never seen would be hard to put together.
-    """
+    """Three captions: all that is known, how objects stand to each other (or where), their names alone."""
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     names = _listing([with_article(thing.name) for thing in objects])
     if len(objects) == 1:
@@ -326,9 +324,7 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
         others = [f", and {with_article(thing.name)}" for thing in objects if thing not in (a, b)]
         side = "left" if a.x < b.x else "right"
         related = f"{with_article(a.name)} to the {side} of {with_article(b.name)}{''.join(others)}"
-    partial = pick(rng, ([thing.shape for thing in objects], [f"{thing.colour} object" for thing in objects]))
-    parts = _listing([with_article(name) for name in partial])
-    return [describe(scene), *(pick(rng, PHOTO_OF).format(text) for text in (related, names, parts))]
+    return [describe(scene), pick(rng, PHOTO_OF).format(related), pick(rng, PHOTO_OF).format(names)]
 
 
 def describe(scene: Scene) -> str:

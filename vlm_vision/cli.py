@@ -27,8 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 after an error of the user's, told without traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    # DeepSpeed's launcher passes the rank by this option too, beside LOCAL_RANK.
+    ours = [
+        argument
+        for argument in arguments
+        if argument != "--debug" and not argument.startswith("--local_rank=")
+    ]
     try:
-        parsed = _parse([argument for argument in arguments if argument != "--debug"])
+        parsed = _parse(ours)
         run = getattr(import_module("vlm_vision.commands"), parsed.command.replace("-", "_"))
         run(parsed)
     except (VlmVisionError, OSError) as error:

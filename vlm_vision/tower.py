@@ -307,7 +307,9 @@ def resolve_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        )
     except Exception as error:
         raise ConfigError(
             f"{str(source)!r} is neither a folder nor a hub id that can be reached: {error}"
