@@ -2,8 +2,8 @@
 
     python benchmarks/flickr8k.py --data ../shared/data/flickr8k-800 --output runs/flickr8k
 
-`--data` holds `captions.csv` (image,caption) and its pictures. Prints recall on the photographs, and the caption
-loss with the right photographs and with others in their place.
+`--data` holds `captions.csv` (image,caption) and its pictures. Prints recall on the photographs, and the
+caption loss with the right photographs and with others in their place.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""YAML that a user copies and edits. A package so that the demo finds its own configs wherever it is installed."""
+"""YAML that a user copies and edits; a package so that the demo finds its own wherever it is installed."""
