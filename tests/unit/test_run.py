@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from vlm_vision.config import load_config
 from vlm_vision.errors import VlmVisionError
 from vlm_vision.train.contrastive_config import AugmentConfig
-from vlm_vision.train.run import Run, check_finite, peak_memory_mb, read_metrics, timed
+from vlm_vision.train.run import PeakMemory, Run, check_finite, read_metrics, timed
 
 
 def test_metrics_are_lines_of_json_and_events(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_a_step_that_is_not_finite_is_named(loss: float, norm: float) -> None:
     check_finite(1.0, 1e30, 7)
 
 
-def test_seconds_and_memory() -> None:
+def test_seconds_add_up() -> None:
     seconds: dict[str, float] = {"a": 1.0}
     with timed(seconds, "a"):
         pass
@@ -74,4 +76,19 @@ def test_seconds_and_memory() -> None:
         pass
     assert 1.0 <= seconds["a"] < 1.5
     assert 0.0 <= seconds["b"] < 0.5
-    assert 50 < peak_memory_mb() < 100_000
+
+
+def test_peak_memory_counts_children() -> None:
+    hold_and_tell = "held = bytearray(200 * 2**20); print('held', flush=True); input()"
+    with PeakMemory() as alone:
+        pass
+    with (
+        PeakMemory() as both,
+        subprocess.Popen([sys.executable, "-c", hold_and_tell], stdin=-1, stdout=-1, text=True) as child,
+    ):
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        both.look()
+        child.communicate("\n")
+    assert alone.mb > 50
+    assert both.mb > alone.mb + 190
