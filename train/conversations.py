@@ -118,6 +118,7 @@ class Conversations(Sequence[Record]):
     ) -> None:
         self.path = Path(path)
         self.image_folder = None if image_folder is None else Path(image_folder)
+        self._real_folder = os.path.realpath(image_folder or os.curdir)
         self.follow_links = follow_links
         self.bad: dict[int, str] = {}
         self._starts, self._sizes = array("Q"), array("Q")
@@ -182,13 +183,11 @@ class Conversations(Sequence[Record]):
     def _resolve(self, name: str, identity: str) -> str:
         """The path of a picture, which must not lead out of the folder by a link either."""
         path = self._inside(name, identity)
-        if not self.follow_links:
-            folder = os.path.realpath(str(self.image_folder))
-            if os.path.commonpath([folder, os.path.realpath(path)]) != folder:
-                raise DataError(
-                    f"picture {name!r} is a link that leads out of the image folder; "
-                    "set follow_links: true if you trust it"
-                )
+        if not self.follow_links and not Path(os.path.realpath(path)).is_relative_to(self._real_folder):
+            raise DataError(
+                f"picture {name!r} is a link that leads out of the image folder; "
+                "set follow_links: true if you trust it"
+            )
         return path
 
 
@@ -460,11 +459,11 @@ class ConversationDataset(Dataset[Sample]):
             encoded = self.chat.encode(record.turns, self.max_length, self.too_long)
         except DataError as error:
             raise DataError(f"{self.conversations.path}: record {record.id!r}: {error}") from error
-        pictures = self.conversations.pictures(record)
+        squares = [self.image_processor.to_square(picture) for picture in self.conversations.pictures(record)]
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
-            self.image_processor(pictures) if pictures else None,
+            self.image_processor.normalise(torch.stack(squares)) if squares else None,
             replaced,
             encoded.truncated,
         )

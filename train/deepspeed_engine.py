@@ -61,13 +61,14 @@ def engine_settings(
         width: channels of the language model, by which ZeRO-3's buckets scale (as Hugging Face sets them).
         learning: parameters that learn; no bucket need hold more.
     """
+    bucket = min(learning + learning % 2, 500_000_000)  # DeepSpeed asserts that it is even
     zero: dict[str, Any] = {
         "stage": stage.zero_stage,
         "contiguous_gradients": True,
         "overlap_comm": world > 1 and torch.cuda.is_available(),
         "reduce_scatter": True,
-        "reduce_bucket_size": min(learning, 500_000_000),
-        "allgather_bucket_size": min(learning, 500_000_000),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     if stage.zero_stage == 3:
         zero |= {

@@ -131,7 +131,9 @@ def _contrastive(paths: ScenePaths, output: Path, seed: int) -> dict[str, float]
             f"seed={seed}",
         ],
     )
-    scores: dict[str, float] = run_on_ranks(default_ranks(), train_contrastive, config, output / "contrastive")
+    scores: dict[str, float] = run_on_ranks(
+        default_ranks(), train_contrastive, config, output / "contrastive"
+    )
     os.rename(output / "contrastive" / "model", output / "clip")
     return scores
 

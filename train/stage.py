@@ -36,7 +36,7 @@ from vlm_vision.train.optim import (
 )
 from vlm_vision.train.pairs import EpochBatches, write_bad_list
 from vlm_vision.train.rules import matching_rule
-from vlm_vision.train.run import Run, check_finite
+from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
 
@@ -67,6 +67,7 @@ def run_stage(
     optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
     schedule = warmup_cosine(optimizer, total, warmup_steps(total, total, stage.warmup))
     learning = sum(count for count, _ in summary.values())
+    plain_attention(model.llm)
     settings = engine_settings(stage, world, micro_batch_size, embedding_width(model.llm), learning)
     engine = start_engine(model, optimizer, schedule, settings)
     if found:

@@ -1,4 +1,4 @@
-"""The demo from scenes to report, every stage for a few steps, on data that another program could have drawn."""
+"""The demo from scenes to report, every stage for a few steps, on data that others could have drawn."""
 
 from __future__ import annotations
 
@@ -19,16 +19,29 @@ from vlm_vision.train.vlm import VisionLanguageModel
 SHORT = {
     "demo_contrastive.yaml": ["steps=2", "batch_size=8", "warmup=1"],
     "demo_language.yaml": ["steps=2", "batch_size=2"],
-    "demo_align.yaml": ["stages.0.steps=2", "stages.1.steps=2", "stages.0.batch_size=4", "stages.1.batch_size=4"],
+    "demo_align.yaml": [
+        "stages.0.steps=2",
+        "stages.1.steps=2",
+        "stages.0.batch_size=4",
+        "stages.1.batch_size=4",
+    ],
 }
-SCORES = ("zero_shot_top1", "retrieval_r1", "vqa_accuracy", "vqa_accuracy_wrong_image", "vqa_accuracy_unseen_pairs")
+SCORES = (
+    "zero_shot_top1",
+    "retrieval_r1",
+    "vqa_accuracy",
+    "vqa_accuracy_wrong_image",
+    "vqa_accuracy_unseen_pairs",
+)
 STAGES = ("scenes", "contrastive", "tower", "language", "align", "stage1", "stage2", "answers", "report")
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(SceneConfig(train_pictures=48, val_pictures=24, unseen_pictures=8, pictures_per_class=1), folder)
+    write_scenes(
+        SceneConfig(train_pictures=48, val_pictures=24, unseen_pictures=8, pictures_per_class=1), folder
+    )
     return folder
 
 

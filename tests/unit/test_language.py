@@ -127,7 +127,7 @@ def test_too_little_text_is_an_error(tmp_path: Path) -> None:
 
 
 def test_config_errors_say_what_fits() -> None:
-    with pytest.raises(ConfigError, match="even multiple of heads"):
+    with pytest.raises(ConfigError, match="multiple of 4 times heads"):
         load_config(LanguageConfig, {"hidden_size": 30, "heads": 4})
     with pytest.raises(ConfigError, match="must not exceed max_length"):
         load_config(LanguageConfig, {"row_length": 64, "max_length": 32})
