@@ -23,6 +23,7 @@ from vlm_vision.train.evaluate import caption_loss
 from vlm_vision.train.language import text_chats, warm_start_llm
 from vlm_vision.train.language_config import LanguageConfig
 from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.ranks import default_ranks, run_on_ranks
 from vlm_vision.train.vlm import VisionLanguageModel
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -39,7 +40,9 @@ def main() -> None:
     began = time.perf_counter()
 
     table = data / "captions.csv"
-    scores = train_contrastive(
+    scores = run_on_ranks(
+        default_ranks(),
+        train_contrastive,
         load_config(
             ContrastiveConfig,
             CONFIGS / "flickr8k_contrastive.yaml",
@@ -55,7 +58,9 @@ def main() -> None:
     captions = [record["conversations"][1]["value"] for record in records]
     language = LanguageConfig(vocab_size=2048, steps=300, seed=0)
     warm_start_llm(text_chats(records), captions, language, output / "llm")
-    align(
+    run_on_ranks(
+        default_ranks(),
+        align,
         load_config(
             AlignConfig,
             CONFIGS / "flickr8k_align.yaml",

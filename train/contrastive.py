@@ -128,7 +128,7 @@ def train_contrastive(
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             bar.update()
             if step % config.log_every == 0 or step == total_steps:
-                bar.set_postfix(loss=f"{float(mean_loss):.3f}")
+                bar.set_postfix(loss=f"{float(mean_loss):.3f}", refresh=False)
                 run.log(
                     step,
                     loss=float(mean_loss),

@@ -35,6 +35,7 @@ IGNORE_INDEX = -100
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _CHUNK = 1 << 20
+_KEPT = 2000  # encoded conversations
 
 
 @dataclass(frozen=True)
@@ -432,6 +433,7 @@ class ConversationDataset(Dataset[Sample]):
     ) -> None:
         self.conversations, self.chat, self.image_processor = conversations, chat, image_processor
         self.max_length, self.too_long = max_length, too_long
+        self._encoded: dict[tuple[Turn, ...], Encoded] = {}
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -456,7 +458,7 @@ class ConversationDataset(Dataset[Sample]):
 
     def _sample(self, record: Record, replaced: tuple[tuple[int, str], ...]) -> Sample:
         try:
-            encoded = self.chat.encode(record.turns, self.max_length, self.too_long)
+            encoded = self._encode(record.turns)
         except DataError as error:
             raise DataError(f"{self.conversations.path}: record {record.id!r}: {error}") from error
         squares = [self.image_processor.to_square(picture) for picture in self.conversations.pictures(record)]
@@ -467,6 +469,15 @@ class ConversationDataset(Dataset[Sample]):
             replaced,
             encoded.truncated,
         )
+
+
+    def _encode(self, turns: tuple[Turn, ...]) -> Encoded:
+        """Tokens of a conversation; kept for the next time, as the same is asked about many pictures."""
+        if turns not in self._encoded:
+            if len(self._encoded) == _KEPT:
+                self._encoded.clear()
+            self._encoded[turns] = self.chat.encode(turns, self.max_length, self.too_long)
+        return self._encoded[turns]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from vlm_vision.train.vlm import VisionLanguageModel
 C = TypeVar("C", bound=Config)
 
 SHOWN_PICTURES, SHOWN_QUERIES, SHOWN_MAPS = 12, 5, 4
-ANSWER_TOKENS = 4  # answers are one word
+ANSWER_TOKENS = 8  # answers are one word; another generator's may be a few
 
 
 def run_demo(output: str | Path, *, seed: int = 0, data: str | Path | None = None) -> dict[str, Any]:

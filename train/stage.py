@@ -91,7 +91,7 @@ def run_stage(
             counts += torch.tensor([len(piece.replaced), piece.truncated], device=engine.device)
         bar.update()
         if step % stage.log_every == 0 or step == total:
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             run.log(step, loss=loss, grad_norm=grad_norm, lr=rate)
         if stage.save_every and step % stage.save_every == 0 and step < total:
             save_engine(engine, run.checkpoints, step)

@@ -49,7 +49,8 @@ def validate(config_class: type[C], tree: Mapping[str, Any], origin: str) -> C:
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(config_class, tree, *wrong) for wrong in _by_value(tree, error.errors())]
+        wrong_values = _by_value(tree, _without_consequences(error.errors()))
+        lines = [_explain(config_class, tree, *wrong) for wrong in wrong_values]
         raise ConfigError(f"{origin}: {len(lines)} wrong value(s)\n" + "\n".join(lines)) from None
 
 
@@ -146,6 +147,14 @@ def _assign(node: Any, key: str, value: Any, override: str) -> None:
         node[_index(node, key, override)] = value
     else:
         node[key] = value
+
+
+def _without_consequences(errors: Sequence[Any]) -> list[Any]:
+    """Errors without those of lists that are too short only because pydantic dropped their wrong items."""
+    parents = {details["loc"][:depth] for details in errors for depth in range(len(details["loc"]))}
+    return [
+        details for details in errors if details["type"] != "too_short" or details["loc"] not in parents
+    ]
 
 
 def _by_value(tree: Any, errors: Sequence[Any]) -> list[tuple[str, list[Any]]]:

@@ -12,9 +12,11 @@ from tiny import TOWER, colour_records, tiny_llm, tiny_tower
 from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError, DataError, VlmVisionError
 from vlm_vision.train.align import align
-from vlm_vision.train.align_config import AlignConfig
+from vlm_vision.train.align_config import AlignConfig, ConversationConfig, Stage
 from vlm_vision.train.conversations import Conversations
+from vlm_vision.train.deepspeed_engine import engine_settings
 from vlm_vision.train.evaluate import answer_questions, vqa_accuracy
+from vlm_vision.train.rules import Rule
 from vlm_vision.train.run import read_metrics
 from vlm_vision.train.vlm import VisionLanguageModel
 
@@ -146,6 +148,18 @@ def test_checkpointed_activations_change_nothing(data: Path, tmp_path: Path) -> 
     assert losses(tmp_path / "True" / "stage1") == pytest.approx(
         losses(tmp_path / "False" / "stage1"), abs=1e-6
     )
+
+
+@pytest.mark.parametrize("learning", [7, 8, 10**9 + 1])
+def test_buckets_hold_what_learns_and_are_even(learning: int) -> None:
+    """DeepSpeed's bf16 optimizer asserts it, and an odd vocabulary makes an odd number of parameters."""
+    stage = Stage(
+        name="s", data=ConversationConfig(file="f"), learn=(Rule(match="*"),), lr=1, steps=1, batch_size=1
+    )
+    zero = engine_settings(stage, 1, 1, 8, learning)["zero_optimization"]
+    assert zero["allgather_bucket_size"] == zero["reduce_bucket_size"]
+    assert zero["reduce_bucket_size"] % 2 == 0
+    assert zero["reduce_bucket_size"] >= min(learning, 500_000_000)
 
 
 def test_bf16_learns(data: Path, tmp_path: Path) -> None:

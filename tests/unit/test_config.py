@@ -30,6 +30,7 @@ class Run(Config):
     backbone: Annotated[BackboneConfig, Variant(BACKBONES)]
     optimizer: Optimizer = Optimizer()
     rules: tuple[Rule, ...] = ()
+    stages: Annotated[tuple[Rule, ...], Field(min_length=1)] = (Rule(match="*"),)
     backbones: tuple[Annotated[BackboneConfig, Variant(BACKBONES)], ...] = ()
     precision: Literal["fp32", "bf16"] = "fp32"
     note: str | None = None
@@ -77,6 +78,13 @@ def test_every_error_is_told_at_once_with_path_value_and_nearest_name() -> None:
         "precision: input should be 'fp32' or 'bf16' (got 'fp16')",
     ):
         assert any(line.strip().startswith(expected) for line in lines), expected
+
+
+def test_a_wrong_item_does_not_make_its_list_too_short() -> None:
+    lines = errors({**GOOD, "stages": [{"match": "a", "learn": "fulll"}]})
+    assert len(lines) == 2
+    assert lines[1].startswith("  stages.0.learn: ")
+    assert errors({**GOOD, "stages": []})[1].startswith("  stages: tuple should have at least 1 item")
 
 
 def test_a_value_that_fits_no_arm_of_a_union_is_one_error() -> None:

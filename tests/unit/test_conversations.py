@@ -270,6 +270,21 @@ def test_bad_records_are_replaced_by_the_next_good_one_and_told(tmp_path: Path) 
         data[1]
 
 
+def test_what_is_asked_about_many_pictures_is_encoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_vision.train.conversations._KEPT", 1)
+    other = turns(("human", "<image>\nwhat colour is it ?"), ("gpt", "blue"))
+    data = dataset(tmp_path, [record(), record(), record(conversations=other), record()])
+    encode, encoded = data.chat.encode, []
+    monkeypatch.setattr(data.chat, "encode", lambda *given: encoded.append(given[0]) or encode(*given))
+    samples = [data[index] for index in range(4)]
+    assert len(encoded) == 3  # the second is the first's; one is kept at a time, so the last is new again
+    assert [sample.input_ids.tolist() for sample in samples] == [
+        encode(data.conversations[index].turns, 64).input_ids for index in range(4)
+    ]
+
+
 def test_without_leave_one_bad_picture_stops(tmp_path: Path) -> None:
     data = dataset(tmp_path, [record()])
     (tmp_path / "images" / "0.png").write_bytes(b"no picture")
