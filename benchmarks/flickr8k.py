@@ -56,7 +56,7 @@ def main() -> None:
     conversations = output / "captions.json"
     conversations.write_text(json.dumps(records), encoding="utf-8")
     captions = [record["conversations"][1]["value"] for record in records]
-    language = LanguageConfig(vocab_size=2048, steps=300, seed=0)
+    language = LanguageConfig(hidden_size=192, layers=4, heads=6, vocab_size=2048, steps=300, lr=1e-3)
     warm_start_llm(text_chats(records), captions, language, output / "llm")
     run_on_ranks(
         default_ranks(),

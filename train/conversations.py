@@ -470,7 +470,6 @@ class ConversationDataset(Dataset[Sample]):
             encoded.truncated,
         )
 
-
     def _encode(self, turns: tuple[Turn, ...]) -> Encoded:
         """Tokens of a conversation; kept for the next time, as the same is asked about many pictures."""
         if turns not in self._encoded:

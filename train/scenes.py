@@ -52,6 +52,7 @@ SEEN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in UNSEE
 
 # Objects stand near the nodes of a 2 by 2 grid: a place has one name, and left is never a matter of a pixel.
 GRID = (0.27, 0.73)
+SIDES = ("left", "right")
 PLACES = (("at the top left", "at the top right"), ("at the bottom left", "at the bottom right"))
 BACKGROUNDS = ("plain", "gradient", "stripes", "noise")
 SPLITS: tuple[Split, ...] = ("train", "val", "unseen", "classes")
@@ -64,7 +65,8 @@ ASK_COLOUR = ("What colour is the {}?", "Which colour does the {} have?")
 ASK_SHAPE = ("What shape is the {} object?", "Which shape does the {} object have?")
 ASK_COUNT = ("How many objects are there?", "How many shapes are in the picture?")
 ASK_EXISTS = ("Is there {}?", "Does the picture show {}?")
-ASK_SIDE = ("Is the {} left or right of the {}?", "On which side of the {1} is the {0}, left or right?")
+ASK_SIDE = ("Is the {} on the left or on the right?", "On which side is the {}, left or right?")
+ASK_BESIDE = ("Is the {} left or right of the {}?", "On which side of the {1} is the {0}, left or right?")
 
 
 class SceneConfig(Config):
@@ -106,6 +108,10 @@ class SceneObject:
     @property
     def name(self) -> str:
         return f"{self.colour} {self.shape}"
+
+    @property
+    def side(self) -> str:
+        return SIDES[self.column]
 
     @property
     def place(self) -> str:
@@ -336,7 +342,9 @@ def describe(scene: Scene) -> str:
 def questions(
     scene: Scene, rng: np.random.Generator, balance: int, about: SceneObject | None = None
 ) -> list[Question]:
-    """Questions with one-word answers, in random order: 4 about a scene of one object, up to 5 of more.
+    """Questions with one-word answers, in random order: of colour, shape, count, presence and side.
+
+    Colour and shape are asked only of an object that its shape or colour picks out.
 
     Args:
         balance: its bits say which answers the yes/no and left/right questions get; counting up over the
@@ -363,13 +371,29 @@ def questions(
     text = pick(rng, ASK_EXISTS).format(with_article(f"{colour} {shape}"))
     asked.append(Question("exists", text, "yes" if there else "no"))
 
-    beside = [(a, b) for a, b in scene.side_by_side() if a.x < b.x and (a in subjects or b in subjects)]
-    if beside:
-        a, b = pick(rng, beside)
-        a, b, answer = (a, b, "left") if balance & 2 else (b, a, "right")
-        first, second = (thing.shape if shapes[thing.shape] == 1 else thing.name for thing in (a, b))
-        asked.append(Question("side", pick(rng, ASK_SIDE).format(first, second), answer))
+    asked.append(_ask_side(scene, rng, subjects, "right" if balance & 2 else "left"))
     return [asked[i] for i in rng.permutation(len(asked))]
+
+
+def _ask_side(
+    scene: Scene, rng: np.random.Generator, subjects: Sequence[SceneObject], answer: str
+) -> Question:
+    """Where an object is: half of the time, if there is another beside it, as seen from that one.
+
+    The answer is the one asked for, unless no subject is on that side.
+    """
+    shapes = Counter(thing.shape for thing in scene.objects)
+
+    def name(thing: SceneObject) -> str:
+        return thing.shape if shapes[thing.shape] == 1 else thing.name
+
+    beside = [(a, b) for a, b in scene.side_by_side() if a.x < b.x and (a in subjects or b in subjects)]
+    if beside and rng.random() < 0.5:
+        left, right = pick(rng, beside)
+        a, b = (left, right) if answer == "left" else (right, left)
+        return Question("side", pick(rng, ASK_BESIDE).format(name(a), name(b)), answer)
+    thing = pick(rng, [thing for thing in subjects if thing.side == answer] or subjects)
+    return Question("side", pick(rng, ASK_SIDE).format(name(thing)), thing.side)
 
 
 def absent_pairs(scene: Scene, pair: Pair) -> list[list[Pair]]:

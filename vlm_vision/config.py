@@ -152,9 +152,7 @@ def _assign(node: Any, key: str, value: Any, override: str) -> None:
 def _without_consequences(errors: Sequence[Any]) -> list[Any]:
     """Errors without those of lists that are too short only because pydantic dropped their wrong items."""
     parents = {details["loc"][:depth] for details in errors for depth in range(len(details["loc"]))}
-    return [
-        details for details in errors if details["type"] != "too_short" or details["loc"] not in parents
-    ]
+    return [details for details in errors if details["type"] != "too_short" or details["loc"] not in parents]
 
 
 def _by_value(tree: Any, errors: Sequence[Any]) -> list[tuple[str, list[Any]]]:

@@ -171,6 +171,9 @@ def true_answer(scene: Scene, question: Question) -> str:
     found = [
         [o for o in scene.objects if o.shape == shape and colour in ("", o.colour)] for colour, shape in named
     ]
+    if len(named) == 1 and "left or" in question.text:
+        (thing,) = found[0]
+        return "left" if thing.x < 0.5 else "right"
     if len(named) == 1:
         return "yes" if found[0] else "no"
     (a,), (b,) = found  # what a question calls an object picks out just one
