@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.files import is_inside
 from vlm_vision.preprocess import ImageProcessor, open_image
 
 IMAGE_TOKEN = "<image>"
@@ -184,7 +185,7 @@ class Conversations(Sequence[Record]):
     def _resolve(self, name: str, identity: str) -> str:
         """The path of a picture, which must not lead out of the folder by a link either."""
         path = self._inside(name, identity)
-        if not self.follow_links and not Path(os.path.realpath(path)).is_relative_to(self._real_folder):
+        if not self.follow_links and not is_inside(path, self._real_folder):
             raise DataError(
                 f"picture {name!r} is a link that leads out of the image folder; "
                 "set follow_links: true if you trust it"

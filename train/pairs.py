@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vlm_vision.errors import DataError, nearest, require
+from vlm_vision.files import is_inside
 from vlm_vision.preprocess import ImageProcessor, open_image
 from vlm_vision.text import Tokenizer
 from vlm_vision.train.augment import augment
@@ -48,6 +50,7 @@ class Pairs:
         self.root = Path(
             config.image_folder or (path if (path := Path(config.path)).is_dir() else path.parent)
         )
+        self._real_root = os.path.realpath(self.root)
         self._table = _load_table(config)
         for column in (config.image_column, config.caption_column):
             if column not in self._table.column_names:
@@ -94,9 +97,9 @@ class Pairs:
         value = self._table[row][self.config.image_column]
         return value if isinstance(value, str) else f"row {row + 1}"
 
-    def _inside_root(self, name: str) -> Path:
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root.resolve()):
+    def _inside_root(self, name: str) -> str:
+        path = os.path.join(self._real_root, name)
+        if not is_inside(path, self._real_root):
             raise DataError(f"picture {name!r} lies outside the image folder {self.root}; set image_folder")
         return path
 

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent."""
+"""Folders that are complete or absent, and paths that stay inside theirs."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_inside(path: str, real_folder: str) -> bool:
+    """Whether a path, with its links followed, lies in a folder, given by its `os.path.realpath`."""
+    return os.path.commonpath([real_folder, os.path.realpath(path)]) == real_folder
