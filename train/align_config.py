@@ -50,6 +50,8 @@ class ConversationConfig(Config):
         file: JSON list or JSONL of `{"id", "image", "conversations"}`.
         image_folder: what the records' `image` is relative to; pictures outside it are refused.
         follow_links: let links in the image folder lead out of it.
+        separate: learn every question of a record by itself, with its pictures; for questions that do not
+            build on each other. What can be read off an earlier answer teaches nothing about pictures.
         too_long: what happens to the text of a conversation beyond `max_length`.
         max_bad_share: records that cannot be used are replaced, counted and listed up to this share.
         workers: processes that prepare samples; 0 prepares them in the training process.
@@ -58,6 +60,7 @@ class ConversationConfig(Config):
     file: str
     image_folder: str | None = None
     follow_links: bool = False
+    separate: bool = False
     too_long: Literal["truncate", "refuse"] = "truncate"
     max_bad_share: Share = 0.0
     workers: NonNegativeInt = 1

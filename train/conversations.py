@@ -12,7 +12,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,19 @@ class Record:
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+
+
+def separate_questions(record: Record) -> list[Record]:
+    """A record for each question of a record: a system turn if there is one, all its pictures, the words."""
+    marks = IMAGE_TOKEN * len(record.images)
+    system = tuple(turn for turn in record.turns if turn.role == "system")
+    talk = record.turns[len(system) :]
+    separate = []
+    for number, (question, answer) in enumerate(zip(talk[::2], talk[1::2], strict=True)):
+        words = question.text.replace(IMAGE_TOKEN, "").strip()
+        asked = replace(question, text="\n".join(part for part in (marks, words) if part))
+        separate.append(Record(f"{record.id}#{number}", record.images, (*system, asked, answer)))
+    return separate
 
 
 def parse_record(raw: Any, number: int, file: str | Path) -> Record:
@@ -102,6 +115,9 @@ def parse_record(raw: Any, number: int, file: str | Path) -> Record:
 class Conversations(Sequence[Record]):
     """Records of a JSON list or a JSONL file, all checked once, then read one by one; memory holds offsets.
 
+    Args:
+        separate: give every question of a record as a record of its own.
+
     Attributes:
         bad: index of a record that cannot be used, to the reason.
 
@@ -117,20 +133,21 @@ class Conversations(Sequence[Record]):
         *,
         max_bad_share: float = 0.0,
         follow_links: bool = False,
+        separate: bool = False,
     ) -> None:
         self.path = Path(path)
         self.image_folder = None if image_folder is None else Path(image_folder)
         self._real_folder = os.path.realpath(image_folder or os.curdir)
-        self.follow_links = follow_links
+        self.follow_links, self.separate = follow_links, separate
         self.bad: dict[int, str] = {}
-        self._starts, self._sizes = array("Q"), array("Q")
+        # Of every record: where it begins in the file, its bytes, and which of its questions it is.
+        self._starts, self._sizes, self._questions = array("Q"), array("Q"), array("L")
         if not self.path.is_file():
             raise DataError(f"conversation file {str(path)!r} does not exist")
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise DataError(f"image folder {str(image_folder)!r} does not exist")
         for number, (start, size, raw) in enumerate(_scan(self.path)):
-            self._starts.append(start)
-            self._sizes.append(size)
+            questions = 1
             try:
                 record = parse_record(raw, number, self.path)
                 for name in record.images:
@@ -138,8 +155,13 @@ class Conversations(Sequence[Record]):
                         raise DataError(
                             f"{path}: record {record.id!r}: picture {name!r} is not in {self.image_folder}"
                         )
+                questions = len(separate_questions(record)) if separate else 1
             except DataError as error:
-                self.bad[number] = str(error)
+                self.bad[len(self)] = str(error)
+            for question in range(questions):
+                self._starts.append(start)
+                self._sizes.append(size)
+                self._questions.append(question)
         if not len(self):
             raise DataError(f"{path} holds no record")
         self.max_bad = int(max_bad_share * len(self))
@@ -159,7 +181,8 @@ class Conversations(Sequence[Record]):
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
             raw = json.loads(file.read(self._sizes[index]))
-        return parse_record(raw, range(len(self))[index], self.path)
+        record = parse_record(raw, range(len(self))[index], self.path)
+        return separate_questions(record)[self._questions[index]] if self.separate else record
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """The record's pictures, opened.

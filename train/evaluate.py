@@ -20,6 +20,7 @@ from vlm_vision.train.conversations import (
     Sample,
     Turn,
     collate,
+    separate_questions,
 )
 from vlm_vision.train.vlm import VisionLanguageModel
 
@@ -161,11 +162,9 @@ def normalise(text: str) -> str:
 def _questions(conversations: Conversations, shown: Mapping[str, str]) -> Iterator[tuple[Record, Turn]]:
     """Every question as a record that ends with it, and its true answer."""
     for record in conversations:
-        marks = IMAGE_TOKEN * len(record.images)
-        talk = [turn for turn in record.turns if turn.role != "system"]
-        for question, truth in zip(talk[::2], talk[1::2], strict=True):
-            text = "\n".join(part for part in (marks, _words(question.text)) if part)
-            yield _show(replace(record, turns=(Turn("user", text),)), shown), truth
+        for asked in separate_questions(record):
+            *question, truth = asked.turns
+            yield _show(replace(asked, id=record.id, turns=tuple(question)), shown), truth
 
 
 def _show(record: Record, shown: Mapping[str, str]) -> Record:

@@ -273,6 +273,7 @@ def _count_conversations(stage: Stage, records: int | None) -> int | None:
             data.image_folder,
             max_bad_share=data.max_bad_share,
             follow_links=data.follow_links,
+            separate=data.separate,
         )
     )
 

@@ -458,9 +458,7 @@ def _write_train(paths: ScenePaths, items: Iterable[tuple[int, str, Scene, np.ra
     for index, image, scene, rng in items:
         rows += [(image, caption) for caption in captions(scene, rng)]
         described.append(conversation(image, [Question("caption", pick(rng, DESCRIBE), describe(scene))]))
-        # Apart, so that no answer can be read off an earlier one: learning to look takes fewer examples.
-        asked = questions(scene, rng, index)
-        conversations += [conversation(image, [question], number) for number, question in enumerate(asked)]
+        conversations.append(conversation(image, questions(scene, rng, index)))
     _write_csv(paths.train_csv, ("image", "caption"), rows)
     _write_json(paths.captions_json, described)
     _write_json(paths.train_json, conversations)
@@ -477,12 +475,8 @@ def _write_val(paths: ScenePaths, items: Iterable[tuple[int, str, Scene, np.rand
     _write_json(paths.val_json, conversations)
 
 
-def conversation(image: str, asked: Sequence[Question], number: int | None = None) -> dict[str, Any]:
-    """A record of LLaVA's training JSON; the extra key `type` of an answer is ignored by its readers.
-
-    Args:
-        number: tells records of the same picture apart.
-    """
+def conversation(image: str, asked: Sequence[Question]) -> dict[str, Any]:
+    """A record of LLaVA's training JSON; the extra key `type` of an answer is ignored by its readers."""
     turns: list[dict[str, str]] = []
     for question in asked:
         text = question.text if turns else f"<image>\n{question.text}"
@@ -490,9 +484,7 @@ def conversation(image: str, asked: Sequence[Question], number: int | None = Non
             {"from": "human", "value": text},
             {"from": "gpt", "value": question.answer, "type": question.type},
         ]
-    name = Path(image).with_suffix("").as_posix()
-    identity = name if number is None else f"{name}-{number}"
-    return {"id": identity, "image": image, "conversations": turns}
+    return {"id": Path(image).with_suffix("").as_posix(), "image": image, "conversations": turns}
 
 
 def _write_json(path: Path, records: list[dict[str, Any]]) -> None:

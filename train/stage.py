@@ -209,7 +209,11 @@ def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
         )
     config = stage.data
     conversations = Conversations(
-        config.file, config.image_folder, max_bad_share=config.max_bad_share, follow_links=config.follow_links
+        config.file,
+        config.image_folder,
+        max_bad_share=config.max_bad_share,
+        follow_links=config.follow_links,
+        separate=config.separate,
     )
     return ConversationDataset(
         conversations,

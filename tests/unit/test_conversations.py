@@ -243,6 +243,24 @@ def test_a_link_out_of_the_image_folder_is_refused_unless_trusted(tmp_path: Path
     assert len(trusting.pictures(trusting[0])) == 1
 
 
+def test_questions_apart(tmp_path: Path) -> None:
+    talk = turns(("human", "what ?\n<image>"), ("gpt", "red"), ("human", "and ?"), ("gpt", "blue"))
+    talk = [{"from": "system", "value": "be brief"}, *talk]
+    records = [record(id="two", conversations=talk), record(id="one"), {"id": "bad"}, record(id="last")]
+    whole = Conversations(write(tmp_path, records), tmp_path / "images", max_bad_share=0.5)
+    apart = Conversations(whole.path, tmp_path / "images", max_bad_share=0.5, separate=True)
+    assert len(whole) == 4
+    assert len(apart) == 5
+    assert whole.bad.keys() == {2}
+    assert apart.bad.keys() == {3}
+    assert [apart[index].id for index in (0, 1, 2, 4)] == ["two#0", "two#1", "one#0", "last#0"]
+    assert apart[1].images == ("0.png",)
+    brief = Turn("system", "be brief")
+    assert apart[0].turns == (brief, Turn("user", "<image>\nwhat ?"), Turn("assistant", "red"))
+    assert apart[1].turns == (brief, Turn("user", "<image>\nand ?"), Turn("assistant", "blue"))
+    assert apart[2].turns == whole[1].turns
+
+
 # ---- samples
 
 

@@ -74,16 +74,13 @@ def test_the_files_are_what_readers_expect(paths: ScenePaths) -> None:
     assert Image.open(paths.folder / rows[1][0]).size == (32, 32)
     for path, number in ((paths.train_json, 48), (paths.captions_json, 48), (paths.val_json, 24)):
         conversations = read_json(path)
-        assert len({record["image"] for record in conversations}) == number
-        assert len({record["id"] for record in conversations}) == len(conversations)
+        assert len(conversations) == number
         for record in conversations:
             assert (paths.folder / record["image"]).is_file()
             assert [turn["from"] for turn in record["conversations"][:2]] == ["human", "gpt"]
             assert ["<image>" in turn["value"] for turn in record["conversations"]].count(True) == 1
             assert record["conversations"][0]["value"].startswith("<image>\n")
-    training = read_json(paths.train_json)
-    assert all(len(record["conversations"]) == 2 for record in training)  # no answer stands before another
-    assert all(4 <= number <= 6 for number in Counter(record["image"] for record in training).values())
+    assert all(4 <= len(record["conversations"]) // 2 <= 6 for record in read_json(paths.train_json))
     assert len(read_json(paths.val_unseen_json)) == 12
     labels = read_rows(paths.classes_csv)
     assert labels[0] == ["image", "label"]
@@ -94,9 +91,7 @@ def test_the_files_are_what_readers_expect(paths: ScenePaths) -> None:
 
 def test_an_item_depends_only_on_seed_split_and_index(paths: ScenePaths, tmp_path: Path) -> None:
     fewer = write_scenes(CONFIG.model_copy(update={"train_pictures": 5}), tmp_path / "fewer")
-    few = read_json(fewer.train_json)
-    assert few == read_json(paths.train_json)[: len(few)]
-    assert {record["image"] for record in few} == {f"images/train/{i:06d}.png" for i in range(1, 6)}
+    assert read_json(fewer.train_json) == read_json(paths.train_json)[:5]
     assert read_rows(fewer.train_csv) == read_rows(paths.train_csv)[: 1 + 3 * 5]
     assert fewer.val_json.read_bytes() == paths.val_json.read_bytes()
     for name in ("images/train/000005.png", "images/unseen/000012.png"):
