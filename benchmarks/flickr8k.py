@@ -3,8 +3,8 @@
     python benchmarks/flickr8k.py --data ../shared/data/flickr8k-800 --output runs/flickr8k
 
 `--data` holds `captions.csv` (image,caption) and its pictures. Prints recall on the photographs, and the
-caption loss with the right photographs and with others in their place. A dual encoder that an earlier run left
-in the output folder is taken as it is.
+caption loss with the right photographs and with others in their place. A dual encoder that an earlier run
+left in the output folder is taken as it is.
 """
 
 from __future__ import annotations
