@@ -92,3 +92,12 @@ def test_peak_memory_counts_children() -> None:
         child.communicate("\n")
     assert alone.mb > 50
     assert both.mb > alone.mb + 190
+
+
+def test_numpy_does_not_warn_that_denormals_are_gone() -> None:
+    """In a process of its own: both the flushing and what numpy keeps of its limits are the process's."""
+    code = (
+        "import warnings; from vlm_vision.train.run import prepare_process; prepare_process(0); "
+        "warnings.simplefilter('error'); import numpy; print(numpy.finfo('float32'), numpy.finfo('float64'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
