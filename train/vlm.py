@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_utils
 
 from vlm_vision.adapters.build import load_projector, save_projector
 from vlm_vision.adapters.config import Grid
@@ -33,6 +33,8 @@ from vlm_vision.train.conversations import (
 MODEL_TYPE = "vlm_vision_language_model"
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
+# Whether a mask [B,T] says which logits to keep; transformers 5.20, the last for Python 3.10, takes columns.
+KEEPS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 @dataclass
@@ -117,9 +119,18 @@ class VisionLanguageModel(nn.Module):
             return VlmOutput(None, self.llm(**inputs).logits)
         targets = labels[:, 1:]
         learnt = targets != IGNORE_INDEX
-        logits = self.llm(**inputs, logits_to_keep=F.pad(learnt, (0, 1))).logits
+        logits = self._label_logits(inputs, F.pad(learnt, (0, 1)))
         total = F.cross_entropy(logits.float(), targets[learnt], reduction="sum")
         return VlmOutput(total / (len(logits) if label_count is None else label_count), logits)
+
+    def _label_logits(self, inputs: dict[str, Any], keep: Bool[Tensor, "b t"]) -> Float[Tensor, "k v"]:
+        """Logits of the positions to keep alone, row by row."""
+        if KEEPS_BY_ROW:
+            logits: Tensor = self.llm(**inputs, logits_to_keep=keep).logits
+            return logits
+        columns = keep.any(dim=0).nonzero().flatten()
+        logits = self.llm(**inputs, logits_to_keep=columns).logits
+        return logits[keep[:, columns]]
 
     def embed(self, input_ids: Int[Tensor, "b t"], pixels: Tensor | None) -> Float[Tensor, "b t l"]:
         """Embeddings of text, with the tokens of pictures spliced in.

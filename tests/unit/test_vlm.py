@@ -18,7 +18,7 @@ from vlm_vision.train.evaluate import (
     swapped_pictures,
     vqa_accuracy,
 )
-from vlm_vision.train.vlm import VisionLanguageModel, load_llm, load_tokenizer, token_grid
+from vlm_vision.train.vlm import KEEPS_BY_ROW, VisionLanguageModel, load_llm, load_tokenizer, token_grid
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,14 @@ def test_splice_puts_every_picture_where_its_tokens_stand(
         assert next(tokens, None) is None
 
 
-def test_loss_is_transformers_own(model: VisionLanguageModel, conversations: Conversations) -> None:
+@pytest.mark.parametrize("keeps_by_row", sorted({False, KEEPS_BY_ROW}))
+def test_loss_is_transformers_own(
+    model: VisionLanguageModel,
+    conversations: Conversations,
+    keeps_by_row: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vlm_vision.train.vlm.KEEPS_BY_ROW", keeps_by_row)
     batch = batch_of(model, conversations, *range(8))
     output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels)
     reference = model.llm(
