@@ -47,6 +47,11 @@ class Turn:
     text: str
     kind: str | None = None
 
+    @property
+    def words(self) -> str:
+        """The text without the marks of pictures."""
+        return self.text.replace(IMAGE_TOKEN, "").strip()
+
 
 @dataclass(frozen=True)
 class Record:
@@ -64,8 +69,7 @@ def separate_questions(record: Record) -> list[Record]:
     talk = record.turns[len(system) :]
     separate = []
     for number, (question, answer) in enumerate(zip(talk[::2], talk[1::2], strict=True)):
-        words = question.text.replace(IMAGE_TOKEN, "").strip()
-        asked = replace(question, text="\n".join(part for part in (marks, words) if part))
+        asked = replace(question, text="\n".join(part for part in (marks, question.words) if part))
         separate.append(Record(f"{record.id}#{number}", record.images, (*system, asked, answer)))
     return separate
 

@@ -13,7 +13,6 @@ import torch
 from vlm_vision.errors import DataError
 from vlm_vision.progress import progress_bar
 from vlm_vision.train.conversations import (
-    IMAGE_TOKEN,
     ConversationDataset,
     Conversations,
     Record,
@@ -74,7 +73,7 @@ def answer_questions(
             pixels = model.vision_tower.image_processor(pictures) if pictures else None
             spoken = model.generate(pixels, [record.turns for record, _ in batch], max_new_tokens)
             answers += [
-                Answer(record.id, record.images, _words(record.turns[-1].text), truth.text, said, truth.kind)
+                Answer(record.id, record.images, record.turns[-1].words, truth.text, said, truth.kind)
                 for (record, truth), said in zip(batch, spoken, strict=True)
             ]
             bar.update(len(batch))
@@ -169,7 +168,3 @@ def _questions(conversations: Conversations, shown: Mapping[str, str]) -> Iterat
 
 def _show(record: Record, shown: Mapping[str, str]) -> Record:
     return replace(record, images=tuple(shown.get(name, name) for name in record.images))
-
-
-def _words(text: str) -> str:
-    return text.replace(IMAGE_TOKEN, "").strip()
