@@ -71,7 +71,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def portable_config(self) -> BackboneConfig:
-        """This backbone's config, complete enough to build it again without any hub or file."""
+        """This backbone's config, complete enough to build it again without any hub or file.
+
+        At its first size: a tower's `image_size` says what `resize` made of it.
+        """
 
     def layer_modules(self) -> Sequence[nn.Module]:
         """The modules of the layers it still has, in order, for what is done layer by layer."""

@@ -157,7 +157,7 @@ def test_the_check_finds_wrong_facts_and_names_every_clause() -> None:
     with pytest.raises(ContractError) as caught:
         check_tower(tower)
     assert "facts say (2, 25, 63)" in str(caught.value)
-    assert "breaks 1 clause(s)" in str(caught.value)
+    assert "breaks 2 clause(s)" in str(caught.value)  # other sizes count their patches too
 
 
 def test_the_check_finds_pixels_that_are_not_refused_and_a_hidden_no_grad() -> None:
@@ -173,7 +173,7 @@ def test_the_check_finds_pixels_that_are_not_refused_and_a_hidden_no_grad() -> N
 def test_every_clause_is_in_the_table() -> None:
     import vlm_vision.testing as testing
 
-    helpers = {"_expect", "_as_found", "_pixels", "_same_tensors"}
+    helpers = {"_expect", "_as_found", "_native", "_pixels", "_with", "_same_tensors"}
     functions = {
         name for name, value in vars(testing).items() if name.startswith("_") and hasattr(value, "__code__")
     }

@@ -58,7 +58,8 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
     state = _weights(config, architecture) if load_weights else None
     with without_init(state is not None):
         visual = _build_visual(architecture)
-    preprocess = _preprocess(config, architecture)
+    side = _image_size(visual, architecture)
+    preprocess = _preprocess(config, side)
     backbone: Backbone
     if isinstance(visual, TimmModel):
         backbone = TrunkInOpenClip(visual, config, architecture, preprocess)
@@ -114,18 +115,23 @@ class _NativeBackbone(Backbone):
 
     visual: Any
 
-    def __init__(self, visual: nn.Module, config: OpenClipConfig, architecture: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        config: OpenClipConfig,
+        architecture: dict[str, Any],
+        preprocess: PreprocessConfig,
+    ) -> None:
         super().__init__()
         self.visual = visual
-        self._config = config
-        self._architecture = architecture
+        self._portable = _portable(config, architecture, preprocess)
         self._checkpointing = False
 
     def checkpoint_activations(self, enabled: bool) -> None:
         self._checkpointing = enabled
 
     def portable_config(self) -> OpenClipConfig:
-        return _portable(self._config, self._architecture, self.info.preprocess)
+        return self._portable
 
 
 class VitBackbone(_NativeBackbone):
@@ -138,7 +144,7 @@ class VitBackbone(_NativeBackbone):
         architecture: dict[str, Any],
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(visual, config, architecture)
+        super().__init__(visual, config, architecture, preprocess)
         layers = len(visual.transformer.resblocks)
         self.info = BackboneInfo(
             widths=(visual.conv1.out_channels,) * layers,
@@ -194,7 +200,6 @@ class VitBackbone(_NativeBackbone):
             new = _resample_positions(old, visual.grid_size, grid)
         visual.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
         visual.grid_size, visual.image_size = grid, size
-        self._architecture["vision_cfg"]["image_size"] = image_size
         self.info = replace(self.info, grids=(grid,) * self.info.num_layers, preprocess=preprocess)
 
 
@@ -208,7 +213,7 @@ class ResNetBackbone(_NativeBackbone):
         architecture: dict[str, Any],
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(visual, config, architecture)
+        super().__init__(visual, config, architecture, preprocess)
         width = visual.layer1[0].conv1.out_channels
         self.info = BackboneInfo(
             widths=(width, *(width * 4 * 2**stage for stage in range(4))),
@@ -265,7 +270,6 @@ class ResNetBackbone(_NativeBackbone):
             with torch.no_grad():
                 new = _resample_positions(old, self.info.grids[-1], grids[-1])
             pooling.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
-        self._architecture["vision_cfg"]["image_size"] = image_size
         self.info = replace(self.info, grids=grids, preprocess=preprocess)
 
     def _stages(self) -> list[nn.Module]:
@@ -288,7 +292,7 @@ class TrunkInOpenClip(TrunkBackbone):
             _origin(config), visual, visual.trunk, preprocess, lambda: _build_visual(architecture)
         )
         self.visual = visual
-        self._config, self._architecture = config, architecture
+        self._portable = _portable(config, architecture, preprocess)
 
     @property
     def trunk(self) -> Any:
@@ -307,7 +311,7 @@ class TrunkInOpenClip(TrunkBackbone):
         self.visual.head = nn.Identity()
 
     def portable_config(self) -> OpenClipConfig:
-        return _portable(self._config, self._architecture, self.info.preprocess)
+        return self._portable
 
 
 def _portable(
@@ -404,14 +408,25 @@ def _record(config: OpenClipConfig) -> dict[str, Any]:
     return dict((config.model and open_clip.get_pretrained_cfg(config.model, config.weights)) or {})
 
 
-def _preprocess(config: OpenClipConfig, architecture: Mapping[str, Any]) -> PreprocessConfig:
+def _image_size(visual: nn.Module, architecture: Mapping[str, Any]) -> int | tuple[int, int]:
+    """The size that a model's positions are for.
+
+    A ViT from timm has its own, whatever open_clip's config says: that of ViTamin-XL-384 says 256.
+    """
+    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed"):
+        height, width = getattr(visual.trunk.patch_embed, "img_size", None) or visual.image_size
+    else:
+        size = architecture["vision_cfg"].get("image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+    return height if height == width else (height, width)
+
+
+def _preprocess(config: OpenClipConfig, side: int | tuple[int, int]) -> PreprocessConfig:
     """Settings of the weights over open_clip's defaults, at the model's image size.
 
     Raises:
         ConfigError: `preprocess` of another size than the model's.
     """
-    side = architecture["vision_cfg"].get("image_size", 224)
-    side = tuple(side) if isinstance(side, list) else side
     if config.preprocess is not None:
         if config.preprocess.image_size != side:
             raise ConfigError(

@@ -184,7 +184,7 @@ class TimmBackbone(TrunkBackbone):
             f"timm:{name}", model, model, preprocess, lambda: timm.create_model(name, num_classes=0)
         )
         self.model = model
-        self._config = config
+        self._portable = config.model_copy(update={"preprocess": preprocess})
 
     @property
     def trunk(self) -> Any:
@@ -199,20 +199,22 @@ class TimmBackbone(TrunkBackbone):
         return pooled
 
     def portable_config(self) -> TimmConfig:
-        return self._config.model_copy(update={"preprocess": self.info.preprocess})
+        return self._portable
 
 
 def _take_any_size(trunk: Any) -> None:
     """Let a ViT with position embeddings resample them to the size of each call, as `dynamic_img_size` does.
 
-    timm takes the flag when a model is built, and open_clip does not pass it on.
+    timm takes the flag when a model is built, and open_clip does not pass it on. Models of a size that is no
+    multiple of their patch (SO400M/14 at 384) drop the rest of the picture, at that one size only.
     """
     embed = getattr(trunk, "patch_embed", None)
-    if (
-        hasattr(trunk, "dynamic_img_size")
-        and hasattr(trunk, "_pos_embed")
-        and getattr(embed, "flatten", False)
+    if not (
+        hasattr(trunk, "dynamic_img_size") and hasattr(trunk, "_pos_embed") and hasattr(embed, "flatten")
     ):
+        return
+    whole = all(side % patch == 0 for side, patch in zip(embed.img_size, embed.patch_size, strict=True))
+    if embed.flatten and whole:
         trunk.dynamic_img_size = True
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
