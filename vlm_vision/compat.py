@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import Attention
 
 
@@ -13,9 +15,27 @@ def attention_kernel(kernel: Attention) -> AbstractContextManager[object]:
     """Within it, scaled dot product attention runs on this kernel of torch only.
 
     torch before 2.3 chooses on CUDA alone.
+
+    Raises:
+        ConfigError: the kernel is not there for this device and dtype.
     """
-    if kernel == "auto":
-        return nullcontext()
+    return nullcontext() if kernel == "auto" else _only(kernel)
+
+
+@contextmanager
+def _only(kernel: Attention) -> Iterator[None]:
+    try:
+        with _sdpa_kernel(kernel):
+            yield
+    except RuntimeError as error:
+        if "backend" in str(error) or "kernel" in str(error):
+            raise ConfigError(
+                f"attention {kernel!r}: torch has no such kernel for this device, dtype and shape; use 'auto'"
+            ) from error
+        raise
+
+
+def _sdpa_kernel(kernel: Attention) -> AbstractContextManager[object]:
     if hasattr(torch.nn, "attention"):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,8 +56,11 @@ def attention_kernel(kernel: Attention) -> AbstractContextManager[object]:
 
 def is_compiling() -> bool:
     """Whether the code is being traced by torch.compile or torch.export."""
-    compiler = torch.compiler if hasattr(torch.compiler, "is_compiling") else torch._dynamo
-    return bool(compiler.is_compiling())
+    if hasattr(torch.compiler, "is_compiling"):
+        return bool(torch.compiler.is_compiling())
+    import torch._dynamo as dynamo
+
+    return bool(dynamo.is_compiling())
 
 
 def is_autocasting(device_type: str) -> bool:

@@ -22,6 +22,7 @@ BACKBONES = Registry(
         ("open_clip", "vlm_vision.backbones.config:OpenClipConfig"),
         ("transformers", "vlm_vision.backbones.config:TransformersConfig"),
         ("timm", "vlm_vision.backbones.config:TimmConfig"),
+        ("fused", "vlm_vision.backbones.config:FusedConfig"),
     ),
 )
 
