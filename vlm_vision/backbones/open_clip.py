@@ -57,7 +57,7 @@ def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
     architecture = _architecture(config)
     state = _weights(config, architecture) if load_weights else None
     with without_init(state is not None):
-        visual = _build_visual(architecture)
+        visual = build_visual(architecture)
     side = _image_size(visual, architecture)
     preprocess = _preprocess(config, side)
     backbone: Backbone
@@ -289,7 +289,7 @@ class TrunkInOpenClip(TrunkBackbone):
         preprocess: PreprocessConfig,
     ) -> None:
         super().__init__(
-            _origin(config), visual, visual.trunk, preprocess, lambda: _build_visual(architecture)
+            _origin(config), visual, visual.trunk, preprocess, lambda: build_visual(architecture)
         )
         self.visual = visual
         self._portable = _portable(config, architecture, preprocess)
@@ -364,7 +364,7 @@ def _resample_positions(
     return torch.cat([prefix, rows])
 
 
-def _build_visual(architecture: Mapping[str, Any]) -> nn.Module:
+def build_visual(architecture: Mapping[str, Any]) -> nn.Module:
     """open_clip's image tower with random weights: those of the trunk come with the checkpoint's."""
     vision_cfg = {**architecture["vision_cfg"], "timm_model_pretrained": False}
     visual: nn.Module = _build_vision_tower(architecture["embed_dim"], vision_cfg, _quick_gelu(architecture))
