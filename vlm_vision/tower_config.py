@@ -28,6 +28,8 @@ BACKBONES = Registry(
 Select = Literal["patch", "cls_patch", "cls"]
 DType = Literal["float32", "bfloat16", "float16"]
 Rgb = tuple[float, float, float]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 class BackboneConfig(Config, ABC):
@@ -91,23 +93,51 @@ class TowerConfig(Config):
 
 
 class PreprocessConfig(Config):
-    """How a picture becomes the square a backbone expects.
+    """How a picture becomes the rectangle a backbone expects.
 
     Attributes:
-        image_size: side of the square in pixels.
-        resize: `shortest` scales the shorter side to `resize_to` and crops the centre; `squash` scales both
-            sides to the square; `longest` scales the longer side and pads with `fill`.
-        resize_to: None means `image_size`.
+        image_size: of the rectangle in pixels: the side of a square, or rows and columns.
+        resize: `shortest` scales until the picture covers `resize_to` and crops the centre; `squash` scales
+            rows and columns each to `resize_to`; `longest` scales until the picture fits into `resize_to` and
+            pads with `fill`; `flexible` keeps the aspect ratio and gives pictures of different sizes:
+            multiples of `patch_size`, as large as `max_patches` allow (NaFlex, arXiv:2502.14786), where
+            `image_size` is that of a square picture.
+        resize_to: None means `image_size`. One number is, for `shortest`, what the shorter side becomes.
         crop_rounding: where an odd margin goes. torchvision rounds half to even, transformers rounds down.
         mean, std: per channel, on the 0..1 scale.
-        fill: padding colour, 0..255, of `longest`.
+        fill: padding colour of `longest`, 0..255: a grey, or red, green and blue.
+        resize_in: `bytes` rounds to whole levels as Pillow does; `floats` does not, as DINOv3's processor.
+        max_patches, patch_size: of `flexible` alone, which needs both.
     """
 
-    image_size: PositiveInt
-    resize: Literal["shortest", "squash", "longest"] = "shortest"
-    resize_to: PositiveInt | None = None
+    image_size: Size
+    resize: Literal["shortest", "squash", "longest", "flexible"] = "shortest"
+    resize_to: Size | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     crop_rounding: Literal["even", "down"] = "even"
     mean: Rgb = (0.48145466, 0.4578275, 0.40821073)
     std: Rgb = (0.26862954, 0.26130258, 0.27577711)
-    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    fill: Byte | tuple[Byte, Byte, Byte] = 0
+    resize_in: Literal["bytes", "floats"] = "bytes"
+    max_patches: PositiveInt | None = None
+    patch_size: PositiveInt | None = None
+
+    @property
+    def height(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def width(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    @model_validator(mode="after")
+    def _settings_fit_the_resize_mode(self) -> PreprocessConfig:
+        if (self.resize == "flexible") != (self.max_patches is not None and self.patch_size is not None):
+            raise ValueError(
+                "resize 'flexible' needs max_patches and patch_size, and no other mode takes them"
+            )
+        if self.resize == "flexible" and self.resize_to is not None:
+            raise ValueError("resize 'flexible' takes no resize_to: max_patches tells the size")
+        if self.resize_in == "floats" and self.interpolation == "lanczos":
+            raise ValueError("resize_in 'floats' knows no lanczos: it is torch's resizing")
+        return self

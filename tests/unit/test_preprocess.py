@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlm_vision import ImageProcessor, open_image
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.preprocess import MAX_ASPECT
+from vlm_vision.pictures import MAX_ASPECT
 from vlm_vision.tower_config import PreprocessConfig
 
 RED = (220, 20, 30)
@@ -224,6 +224,7 @@ def test_settings_survive_saving(tmp_path: Path) -> None:
 
 
 CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 224},
     "crop_size": {"height": 224, "width": 224},
     "image_mean": [0.5, 0.5, 0.5],
@@ -236,12 +237,15 @@ CLIP = {
     [
         ({"size": None}, "is not understood"),
         ({"size": {"longest_edge": 3}}, "is not understood"),
-        ({"crop_size": {"height": 224, "width": 200}}, "is not square"),
         ({"do_center_crop": False}, "does not give one size"),
         ({"do_normalize": False}, "do_normalize is false"),
         ({"image_mean": None}, "mean: input should be a valid tuple"),
         ({"resample": 4}, "is not understood"),
-        ({"size": {"height": 256, "width": 256}, "do_center_crop": True}, "a crop after height and width"),
+        ({"size": {"max_height": 256, "max_width": 256}}, "a size of max_height, max_width is not known"),
+        ({"image_processor_type": None}, "image_processor_type is missing"),
+        ({"image_processor_type": "SiglipImageProcesor"}, "did you mean 'SiglipImageProcessor'"),
+        ({"image_processor_type": "LlavaImageProcessor", "do_pad": True}, "do_pad is true"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is"),
     ],
     ids=str,
 )
