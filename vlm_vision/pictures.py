@@ -42,9 +42,9 @@ _BYTE_OF_DEEP_GREY = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 0..65
 def open_image(source: Picture) -> Image.Image:
     """Open a picture as RGB.
 
-    EXIF orientation is applied; transparency is put on white; 16-bit greys are scaled; the first of several
-    frames or pages is taken; colour profiles are left aside, as every reference does. Size limits are checked
-    from the header, before anything is decoded.
+    EXIF orientation is applied where it can be read; transparency is put on white; 16-bit greys are scaled;
+    the first of several frames or pages is taken; colour profiles are left aside, as every reference does.
+    Size limits are checked from the header, before anything is decoded.
 
     Args:
         source: a path, a file's bytes, a file open for reading, a Pillow image; or pixels as a uint8 array
@@ -207,7 +207,15 @@ def _pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 
 
 def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(_ORIENTATION, 1)
+    """EXIF's orientation, 1 (upright) where there is none or it makes no sense.
+
+    A picture whose metadata alone are damaged is whole: Pillow takes it so in JPEG files, and raises one of
+    many errors in PNG and WebP files.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
     return value if isinstance(value, int) else 1
 
 

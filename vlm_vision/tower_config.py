@@ -138,6 +138,6 @@ class PreprocessConfig(Config):
             )
         if self.resize == "flexible" and self.resize_to is not None:
             raise ValueError("resize 'flexible' takes no resize_to: max_patches tells the size")
-        if self.resize_in == "floats" and self.interpolation == "lanczos":
-            raise ValueError("resize_in 'floats' knows no lanczos: it is torch's resizing")
+        if self.resize_in == "floats" and self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError("resize_in 'floats' is torch's resizing, which knows bicubic and bilinear alone")
         return self
