@@ -306,7 +306,7 @@ def _check_tensors(pictures: Tensor) -> None:
     if not pictures.is_floating_point():
         raise DataError(f"a tensor of {pictures.dtype}: give bytes (torch.uint8), or floats from 0 to 1")
     if pictures.device.type != "meta":
-        least, most = (float(bound) for bound in pictures.aminmax())
+        least, most = (float(bound) for bound in pictures.float().aminmax())
         if not (least >= 0 and most <= 1):  # so written, nan is refused too
             raise DataError(
                 f"a tensor of floats from {least:g} to {most:g}: give 0 to 1, or bytes (torch.uint8)"
