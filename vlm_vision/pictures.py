@@ -33,6 +33,7 @@ _TURNS = {  # EXIF's orientation to what puts the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTERS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]  # rows become columns
 # A JPEG is decoded at 1/8, 1/4 or 1/2 as long as it stays this many times larger than what it is resized to,
 # which is Pillow's own choice for thumbnails.
 _DECODING_GAP = 2.0
@@ -78,12 +79,12 @@ def open_quickly(
             upright = _decode(image, name)
             pixels = _pixels(upright)
             return pixels, resized(upright.height, upright.width), (upright.height, upright.width)
-        turned = _orientation(image) >= 5
-        size = (image.width, image.height) if turned else (image.height, image.width)
+        turn = _TURNS.get(_orientation(image))
+        size = (image.width, image.height) if turn in _QUARTERS else (image.height, image.width)
         rows, columns = resized(*size)
         most = min(size[0] / rows, size[1] / columns) / _DECODING_GAP
         scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
-        if scale == 1 and _orientation(image) not in _TURNS:
+        if scale == 1 and turn is None:
             return _decode_whole(image, name), (rows, columns), size
         image.draft("RGB", (image.width // scale, image.height // scale))
         return _pixels(_decode(image, name)), (rows, columns), (size[0] / scale, size[1] / scale)

@@ -14,6 +14,7 @@ from vlm_vision.errors import ConfigError, DataError, nearest
 from vlm_vision.tower_config import PreprocessConfig
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # where transformers 5 puts what its processors consist of
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
@@ -44,7 +45,7 @@ _CLASSES = {
 
 
 def read_preprocess(path: Path) -> PreprocessConfig:
-    """A `preprocessor_config.json`, ours or transformers', as our settings.
+    """A `preprocessor_config.json`, ours or transformers', as our settings; or a `processor_config.json`.
 
     Raises:
         DataError: the file is missing or is not JSON.
@@ -58,6 +59,8 @@ def read_preprocess(path: Path) -> PreprocessConfig:
         ) from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("image_processor", content)
     if isinstance(content, dict) and "vlm_vision" in content:
         return validate(PreprocessConfig, content["vlm_vision"], str(path))
     try:

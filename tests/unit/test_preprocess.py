@@ -84,7 +84,8 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
         opened = np.asarray(open_image(source), dtype=np.int64)
         assert opened.shape == expected.shape
         assert np.abs(opened - expected).max() <= (40 if kind in ("JPEG", "MPO") else 0)
-    quick, _, _ = open_quickly(content, lambda rows, columns: (rows, columns))
+    quick, size, _ = open_quickly(content, lambda rows, columns: (rows, columns))
+    assert size == expected.shape[:2]
     assert np.abs(quick.permute(1, 2, 0).numpy() - expected).max() <= (40 if kind in ("JPEG", "MPO") else 0)
 
 
@@ -436,6 +437,11 @@ def as_on_a_gpu(processor: ImageProcessor, tensor: torch.Tensor) -> torch.Tensor
     return processor._resize_tensors(tensor[None].as_subclass(Elsewhere)).as_subclass(torch.Tensor)[0]
 
 
+def test_pixels_carry_no_gradient() -> None:
+    pixels = ImageProcessor(PreprocessConfig(image_size=8))(torch.rand(2, 3, 9, 9, requires_grad=True))
+    assert not pixels.requires_grad
+
+
 def test_a_batch_of_tensors_is_its_pictures() -> None:
     processor = ImageProcessor(PreprocessConfig(image_size=24, resize="longest", fill=7))
     batch = torch.rand(3, 3, 40, 30, generator=torch.Generator().manual_seed(0))
@@ -652,6 +658,17 @@ def test_a_preprocessor_file_that_asks_for_more_than_is_known_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         ImageProcessor.from_pretrained(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_settings_within_a_processor_file_of_transformers_5_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "processor_config.json"
+    path.write_text(
+        json.dumps({"image_processor": CLIP, "processor_class": "CLIPProcessor"}), encoding="utf-8"
+    )
+    assert ImageProcessor.from_pretrained(tmp_path).config.image_size == 224
+    path.write_text(json.dumps({"processor_class": "CLIPProcessor"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"processor_config.json: is not understood"):
+        ImageProcessor.from_pretrained(tmp_path)
 
 
 def test_a_preprocessor_file_that_is_missing_or_not_json_is_named(tmp_path: Path) -> None:
