@@ -51,7 +51,7 @@ class ImageProcessor:
         config: what the weights were trained with.
         fast: resize every picture by torch, and decode a JPEG file at a half, a quarter or an eighth of its
             size while that leaves twice the size that is needed. Photographs differ from the exact ones by
-            0.2 levels on average (noise, at an eighth, by 1), by 2 to 5 at most, and by 11 along an edge where
+            0.2 levels on average (noise, at an eighth, by 1), by 2 to 5 at most, by 11 along an edge where
             the scaled file ends within a pixel. `benchmarks/preprocess.py` measures difference and gain.
 
     Raises:
