@@ -31,6 +31,8 @@ LayerList = Literal["slicefour", "slice_m25811_f6"]
 Attention = Literal["auto", "flash", "efficient", "math"]
 DType = Literal["float32", "bfloat16", "float16"]
 Rgb = tuple[float, float, float]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 class BackboneConfig(Config, ABC):
@@ -106,26 +108,34 @@ class TowerConfig(Config):
 
 
 class PreprocessConfig(Config):
-    """How a picture becomes the square a backbone expects.
+    """How a picture becomes the rectangle a backbone expects.
 
     Attributes:
-        image_size: side of the square in pixels, or (rows, columns).
-        resize: `shortest` scales the shorter side to `resize_to` and crops the centre; `squash` scales both
-            sides to the square; `longest` scales the longer side and pads with `fill`.
-        resize_to: None means `image_size`.
+        image_size: of the rectangle in pixels: the side of a square, or rows and columns.
+        resize: `shortest` scales until the picture covers `resize_to` and crops the centre; `squash` scales
+            rows and columns each to `resize_to`; `longest` scales until the picture fits into `resize_to` and
+            pads with `fill`; `flexible` keeps the aspect ratio and gives pictures of different sizes:
+            multiples of `patch_size`, as large as `max_patches` allow (NaFlex, arXiv:2502.14786), where
+            `image_size` is that of a square picture.
+        resize_to: None means `image_size`. One number is, for `shortest`, what the shorter side becomes.
         crop_rounding: where an odd margin goes. torchvision rounds half to even, transformers rounds down.
         mean, std: per channel, on the 0..1 scale.
-        fill: padding colour, 0..255, of `longest`.
+        fill: padding colour of `longest`, 0..255: a grey, or red, green and blue.
+        resize_in: `bytes` rounds to whole levels as Pillow does; `floats` does not, as DINOv3's processor.
+        max_patches, patch_size: of `flexible` alone, which needs both.
     """
 
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]
-    resize: Literal["shortest", "squash", "longest"] = "shortest"
-    resize_to: PositiveInt | None = None
+    image_size: Size
+    resize: Literal["shortest", "squash", "longest", "flexible"] = "shortest"
+    resize_to: Size | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
     crop_rounding: Literal["even", "down"] = "even"
     mean: Rgb = (0.48145466, 0.4578275, 0.40821073)
     std: Rgb = (0.26862954, 0.26130258, 0.27577711)
-    fill: Annotated[int, Field(ge=0, le=255)] = 0
+    fill: Byte | tuple[Byte, Byte, Byte] = 0
+    resize_in: Literal["bytes", "floats"] = "bytes"
+    max_patches: PositiveInt | None = None
+    patch_size: PositiveInt | None = None
 
     @property
     def height(self) -> int:
@@ -135,8 +145,25 @@ class PreprocessConfig(Config):
     def width(self) -> int:
         return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
 
+    @model_validator(mode="after")
+    def _settings_fit_the_resize_mode(self) -> PreprocessConfig:
+        if (self.resize == "flexible") != (self.max_patches is not None and self.patch_size is not None):
+            raise ValueError(
+                "resize 'flexible' needs max_patches and patch_size, and no other mode takes them"
+            )
+        if self.resize == "flexible" and self.resize_to is not None:
+            raise ValueError("resize 'flexible' takes no resize_to: max_patches tells the size")
+        if self.resize_in == "floats" and self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError("resize_in 'floats' is torch's resizing, which knows bicubic and bilinear alone")
+        return self
+
     def at_size(self, image_size: int | tuple[int, int]) -> PreprocessConfig:
         """The same settings for another size; a margin that is cropped away scales with it."""
-        height = image_size if isinstance(image_size, int) else image_size[0]
-        resize_to = self.resize_to and round(self.resize_to * height / self.height)
+        resize_to = self.resize_to
+        if resize_to is not None:
+            given = (resize_to, resize_to) if isinstance(resize_to, int) else resize_to
+            wanted = (image_size, image_size) if isinstance(image_size, int) else image_size
+            rows = round(given[0] * wanted[0] / self.height)
+            columns = round(given[1] * wanted[1] / self.width)
+            resize_to = rows if rows == columns else (rows, columns)
         return self.model_copy(update={"image_size": image_size, "resize_to": resize_to})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def _random(source: str) -> VisionTower:
 
 
 def fill_with_noise(model: nn.Module) -> None:
-    """Random weights at the speed of memory: libraries' own initialisation takes minutes for billions of them.
+    """Random weights at the speed of memory; libraries' own initialisation takes minutes for large models.
 
     Matrices keep the scale of what passes through them; gains are near one, all else is small.
     """
