@@ -129,10 +129,12 @@ def clip_processor(side: int) -> Any:
 
         def __init__(self) -> None:
             self.size, self.crop_size = size, crop
-            self.preprocess = processor.preprocess
 
-        def __call__(self, images: Any, return_tensors: str) -> Any:
-            return processor(images, return_tensors=return_tensors)
+        def preprocess(self, images: Any, return_tensors: str) -> Any:
+            # Said, for it takes a side of 1 or 3 pixels for the channels.
+            return processor(images, return_tensors=return_tensors, input_data_format="channels_last")
+
+        __call__ = preprocess
 
     return AsPinned()
 

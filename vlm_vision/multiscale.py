@@ -42,7 +42,8 @@ class MultiscaleTower(nn.Module):
             ConfigError: scales that do not rise from 1, a batch below 1, a tower that selects no patches.
         """
         super().__init__()
-        if not scales or scales[0] != 1 or any(low >= high for low, high in pairwise(scales)):
+        rising = all(isinstance(k, int) for k in scales) and all(low < high for low, high in pairwise(scales))
+        if not scales or scales[0] != 1 or not rising:
             raise ConfigError(
                 f"scales {list(scales)}: must be whole multiples of the tower's size that rise from 1, "
                 "such as (1, 2, 3)"

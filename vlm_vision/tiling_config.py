@@ -15,6 +15,7 @@ from vlm_vision.errors import ConfigError
 
 # LLaVA-NeXT's shorthand for every size from the first to the last, in tiles: "(1x1),...,(6x6)".
 _RANGE = re.compile(r"\s*\((\d+)x(\d+)\)\s*,\s*\.\.\.\s*,\s*\((\d+)x(\d+)\)\s*")
+_PINPOINTS = 'must be [[width, height], ...] in pixels, or a rising range "(1x1),...,(6x6)" in tiles'
 
 
 class TilingConfig(Config):
@@ -88,14 +89,16 @@ class TilingConfig(Config):
             )
         return sizes
 
-    @field_validator("grid_pinpoints")
+    @field_validator("grid_pinpoints", mode="before")
     @classmethod
-    def _pinpoints_say_something(cls, pinpoints: object) -> object:
-        if isinstance(pinpoints, str):
-            _read_range(pinpoints)
-        elif pinpoints == ():
-            raise ValueError("must name at least one size")
-        return pinpoints
+    def _pinpoints_are_sizes_or_a_range(cls, given: object) -> object:
+        if isinstance(given, str):
+            _read_range(given)
+        elif given is not None and not (
+            isinstance(given, (list, tuple)) and given and all(map(_is_size, given))
+        ):
+            raise ValueError(_PINPOINTS)
+        return given
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> TilingConfig:
@@ -115,13 +118,19 @@ class TilingConfig(Config):
         return self
 
 
+def _is_size(given: object) -> bool:
+    return (
+        isinstance(given, (list, tuple))
+        and len(given) == 2
+        and all(isinstance(side, int) and side > 0 for side in given)
+    )
+
+
 def _read_range(text: str) -> tuple[int, int, int, int]:
     matched = _RANGE.fullmatch(text)
     first_column, first_row, last_column, last_row = map(int, matched.groups()) if matched else (0, 0, 0, 0)
     if not (1 <= first_column <= last_column and 1 <= first_row <= last_row):
-        raise ValueError(
-            'must be [[width, height], ...] in pixels or a rising range "(1x1),...,(6x6)" in tiles'
-        )
+        raise ValueError(_PINPOINTS)
     return first_column, first_row, last_column, last_row
 
 

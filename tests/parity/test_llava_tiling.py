@@ -1,6 +1,6 @@
 """Tiles and tokens against LLaVA's and LLaVA-NeXT's own functions, and against recorded numbers of ours.
 
-The code that they were recorded from equalled both; `python tests/parity/test_tiling.py` records anew.
+The code that they were recorded from equalled both; `python tests/parity/test_llava_tiling.py` records anew.
 tests/references.py tells how to run the comparison itself.
 """
 
@@ -95,11 +95,8 @@ def test_pixels_equal_process_images(reference: str, aspect: str, side: int) -> 
     mm_utils, theirs = llava(reference).mm_utils, clip_processor(side)
     text_fits = reference == LLAVA_NEXT and side == 336
     asked = settings_of(aspect, "flat", side, as_list=not text_fits)
-    config = TilingConfig.from_llava(
-        **settings_of(aspect.replace("_max_9", "").replace("_max_2", ""), "flat", side)
-    )
-    if "_max_" in aspect:
-        config = TilingConfig.from_llava(**settings_of(aspect, "spatial_unpad", side))
+    merge = "spatial_unpad" if "_max_" in aspect else "flat"
+    config = TilingConfig.from_llava(**settings_of(aspect, merge, side))
     compared, worst = 0, 0.0
     for picture in odd_pictures(side):
         pixels = mm_utils.process_images([picture], theirs, SimpleNamespace(**asked))
@@ -108,7 +105,7 @@ def test_pixels_equal_process_images(reference: str, aspect: str, side: int) -> 
         worst = max(worst, float((ours - pixels.reshape(ours.shape)).abs().max()))
         compared += len(ours)
     print(f"{reference} {aspect} {side}: {compared} tiles, worst error {worst:.1e}")
-    assert worst <= 1e-6
+    assert worst <= 1e-6  # measured 0, with transformers 4.37 and 5
 
 
 def test_pixels_equal_llava_next_with_siglip() -> None:
@@ -118,14 +115,16 @@ def test_pixels_equal_llava_next_with_siglip() -> None:
     for aspect in ("square", "pad", "anyres_max_9"):
         asked = settings_of(aspect, "spatial_unpad", 384)
         worst = 0.0
-        for picture in odd_pictures(384)[::2]:
+        for picture in odd_pictures(384):
+            if min(picture.size) <= 3:
+                continue  # their processor takes a side of 1 or 3 pixels for the channels
             pixels = torch.as_tensor(
                 np.asarray(mm_utils.process_images([picture], theirs, SimpleNamespace(**asked)))
             )
             mine = tile_picture(picture, ours, TilingConfig.from_llava(**asked))
             worst = max(worst, float((mine - pixels.reshape(mine.shape)).abs().max()))
         print(f"SigLIP {aspect}: worst error {worst:.1e}")
-        assert worst <= 1e-6
+        assert worst <= 1e-6  # measured 0, with transformers 4.37 and 5
 
 
 @pytest.mark.parametrize(("side", "grid"), [(SMALL, GRID), (336, (24, 24)), (384, (27, 27))])
@@ -150,17 +149,17 @@ def test_tokens_equal_prepare_inputs(reference: str, side: int, grid: tuple[int,
 
 
 def recordable() -> dict[str, Any]:
-    """Digests of the bytes in the tiles of every drawn picture, and a number for its merged tokens."""
+    """Of drawn pictures: digests of their tiles' bytes; the count of their merged tokens, and a number."""
     processor, pixels, tokens = clip(SMALL), {}, {}
+    sizes = [size for size in odd_sizes(SMALL) if max(size) <= 700][::2]
+    pictures = [drawn(*size) for size in sizes]
     for aspect in ASPECTS[:4]:
         config = TilingConfig.from_llava(**settings_of(aspect, "spatial", SMALL))
-        made = [
-            processor.denormalise(tile_picture(drawn(*size), processor, config)) for size in odd_sizes(SMALL)
-        ]
+        made = [processor.denormalise(tile_picture(picture, processor, config)) for picture in pictures]
         pixels[aspect] = [f"{len(tiles)} {sha256(tiles.numpy().tobytes()).hexdigest()[:8]}" for tiles in made]
     for aspect, merge in cases(LLAVA_NEXT):
         config = TilingConfig.from_llava(**settings_of(aspect, merge, SMALL))
-        merged = [tokens_of(size, config, SMALL, GRID) for size in odd_sizes(SMALL)]
+        merged = [tokens_of(size, config, SMALL, GRID) for size in sizes[::2]]
         tokens[f"{aspect}, {merge}"] = [[len(sequence), weighed(sequence)] for sequence in merged]
     return {"pixels": pixels, "tokens": tokens}
 
@@ -168,7 +167,7 @@ def recordable() -> dict[str, Any]:
 def weighed(tokens: Tensor) -> float:
     """One number that every value, and its place, has a part in."""
     weights = torch.arange(tokens.numel(), dtype=torch.float64) * 53 % 97 / 48 - 1
-    return round(float((tokens.double().flatten() * weights).mean()), 7)
+    return round(float((tokens.double().flatten() * weights).sum()), 5)
 
 
 def test_pixels_and_tokens_are_those_recorded() -> None:
@@ -177,7 +176,7 @@ def test_pixels_and_tokens_are_those_recorded() -> None:
     assert found["tokens"].keys() == recorded["tokens"].keys()
     for setting, numbers in recorded["tokens"].items():
         ours = np.array(found["tokens"][setting])
-        np.testing.assert_allclose(ours, np.array(numbers), rtol=0, atol=1e-6, err_msg=setting)
+        np.testing.assert_allclose(ours, np.array(numbers), rtol=0, atol=1e-4, err_msg=setting)
 
 
 if __name__ == "__main__":
