@@ -101,7 +101,6 @@ def test_pixels_equal_process_images(reference: str, aspect: str, side: int) -> 
     for picture in odd_pictures(side):
         pixels = mm_utils.process_images([picture], theirs, SimpleNamespace(**asked))
         ours = tile_picture(picture, clip(side), config)
-        assert pixels.reshape(ours.shape).shape[0] == len(ours)
         worst = max(worst, float((ours - pixels.reshape(ours.shape)).abs().max()))
         compared += len(ours)
     print(f"{reference} {aspect} {side}: {compared} tiles, worst error {worst:.1e}")
