@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.errors",),
     ("vlm_vision.config",),
     ("vlm_vision.registry",),
-    ("vlm_vision.tower_config",),
+    ("vlm_vision.tiling_config", "vlm_vision.tower_config"),
     (
         "vlm_vision.backbone",
         "vlm_vision.compat",
@@ -33,6 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.preprocessor_file",
         "vlm_vision.progress",
         "vlm_vision.text",
+        "vlm_vision.tiling",
         "vlm_vision.tower",
         "vlm_vision.weights",
     ),
@@ -40,6 +41,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "vlm_vision.dual_encoder",
         "vlm_vision.metrics",
+        "vlm_vision.multiscale",
         "vlm_vision.search",
         "vlm_vision.testing",
         "vlm_vision.zero_shot",
