@@ -27,7 +27,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.backbone",
         "vlm_vision.compat",
         "vlm_vision.features",
+        "vlm_vision.architectures",
         "vlm_vision.files",
+        "vlm_vision.layouts",
         "vlm_vision.preprocess",
         "vlm_vision.progress",
         "vlm_vision.text",
@@ -37,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.backbones",),
     (
         "vlm_vision.dual_encoder",
+        "vlm_vision.export",
         "vlm_vision.metrics",
         "vlm_vision.search",
         "vlm_vision.testing",
