@@ -58,6 +58,8 @@ _SIGLIP_SIZES = {
     "so400m": (1152, 27, 16, 4304),
     "giantopt": (1536, 40, 16, 6144),
 }
+# timm computes tanh's GELU in the trunks that came with SigLIP 2, and the exact one in those before.
+_TANH_TRUNK = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt)")
 # Tokenizers of open_clip's SigLIPs by vocabulary: the one part of theirs that config.json does not tell.
 _SIGLIP_TOKENIZERS = {
     32000: "timm/ViT-B-16-SigLIP",
@@ -232,7 +234,7 @@ def _siglip_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
         "num_channels": 3,
         "image_size": _one_side(vision, "image_size", native),
         "patch_size": patch,
-        "hidden_act": _trunk_activation(size, patch),
+        "hidden_act": _trunk_activation(vision["timm_model_name"]),
         "layer_norm_eps": 1e-6,
         "vision_use_head": True,
     }
@@ -276,10 +278,10 @@ def _siglip_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
             f"no SigLIP trunk of timm is {vision['hidden_size']} wide with {vision['num_hidden_layers']} "
             f"layers, patches of {patch}, layer_norm_eps {vision['layer_norm_eps']} and a head"
         )
-    if vision["hidden_act"] != _trunk_activation(found[0], patch):
+    if vision["hidden_act"] != _trunk_activation(trunk):
         raise ConfigError(
             f"hidden_act is {vision['hidden_act']!r}, and timm's {trunk} computes "
-            f"{_trunk_activation(found[0], patch)!r}: their features differ; keep these weights in "
+            f"{_trunk_activation(trunk)!r}: their features differ; keep these weights in "
             "transformers"
         )
     architecture: dict[str, Any] = {
@@ -314,9 +316,8 @@ def _siglip_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     return architecture
 
 
-def _trunk_activation(size: str, patch: int) -> str:
-    """timm computes the exact GELU in the trunks that open_clip had first, tanh's in those of SigLIP 2."""
-    return "gelu_pytorch_tanh" if size == "giantopt" or (size, patch) == ("so400m", 16) else "gelu"
+def _trunk_activation(trunk: str) -> str:
+    return "gelu_pytorch_tanh" if _TANH_TRUNK.match(trunk) else "gelu"
 
 
 def _refuse_others(

@@ -305,7 +305,9 @@ def _check_counterpart(names: Iterable[str]) -> None:
     for name in names:
         for pattern, what in _NO_COUNTERPART:
             if re.match(pattern, name):
-                raise ConfigError(f"transformers' CLIP and SigLIP have no {what}, which {name!r} belongs to")
+                raise ConfigError(
+                    f"transformers' CLIP and SigLIP have nothing like {what}, which {name!r} belongs to"
+                )
 
 
 def _apply(
