@@ -63,6 +63,7 @@ _TEXT_SIDE = (
 )
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 _THIRD = re.compile(r"(?P<attention>.+)\.in_proj\.(?P<part>[qkv])_proj\.(?P<kind>weight|bias)")
+_ADDED_TWICE_THROUGH = (0, 21)
 _Scale = Callable[[str, int], float]  # what a module's factors of a rank are multiplied by
 
 
@@ -128,10 +129,9 @@ def _merge(
     factors: dict[tuple[str, bool], dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for name, tensor in learnt.items():
-        plain = name.replace(".base_layer.", ".")
-        found = _FACTOR.fullmatch(plain)
+        found = _FACTOR.fullmatch(name)
         if found is None:
-            whole[plain] = tensor
+            whole[_plain(name)] = tensor
         else:
             factors.setdefault((found["module"], bool(found["kind"])), {})[found["side"]] = tensor
     left_out: list[str] = []
@@ -144,9 +144,8 @@ def _merge(
     for (module, is_embedding), sides in factors.items():
         if sides.keys() != {"A", "B"}:
             raise WeightsError(f"{origin}: {module} has only one of its two factors, {', '.join(sides)}")
-        updates.append(
-            (f"{module}.weight", True, _update(sides["A"], sides["B"], is_embedding, module, scale))
-        )
+        update = _update(sides["A"], sides["B"], is_embedding, module, scale)
+        updates.append((f"{_plain(module)}.weight", True, update))
     for name, is_added, value in updates:
         slot = _slot(state, name)
         if slot is None:
@@ -181,6 +180,11 @@ def _update(a: Tensor, b: Tensor, is_embedding: bool, module: str, scale: _Scale
         product = b.float() @ a.float()
     product = product * scale(module, rank)
     return product.T if is_embedding else product
+
+
+def _plain(name: str) -> str:
+    """A name as it was before peft wrapped its layer."""
+    return name.replace(".base_layer.", ".")
 
 
 def _slot(state: Mapping[str, Tensor], name: str) -> tuple[str, int | None] | None:
@@ -263,13 +267,35 @@ def _scale_of_peft(config: Mapping[str, Any]) -> _Scale:
         return default
 
     def scale(module: str, rank: int) -> float:
+        # Inside torch's attention, the output projection has the settings of the attention.
+        module, fused, _ = module.partition(".base_layer.out_proj")
         said = of("rank_pattern", module, config["r"])
         if rank != said:
             raise WeightsError(f"{module} has rank {rank}, and {ADAPTER_CONFIG} says {said}")
         alpha = float(of("alpha_pattern", module, config["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        once = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return once * _times_added(config) if fused else once
 
     return scale
+
+
+def _times_added(config: Mapping[str, Any]) -> int:
+    """How often peft adds the update of the output projection inside torch's attention.
+
+    Twice, in its forward and so in training too, and when it merges (`MultiheadAttention.merge` through 0.21;
+    github.com/huggingface/peft/pull/3774): what was trained is the doubled update.
+
+    Raises:
+        ConfigError: a later version wrote the adapter, of which this is not known.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.0"))
+    if version is not None and (int(version[1]), int(version[2])) > _ADDED_TWICE_THROUGH:
+        raise ConfigError(
+            f"trained with peft {config['peft_version']} on torch's fused attention, whose output projection "
+            f"peft adds twice through {'.'.join(map(str, _ADDED_TWICE_THROUGH))}; whether it still does is "
+            "not known here. Merge it with that peft (merge_and_unload), save, and load the folder"
+        )
+    return 2
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
