@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,18 @@ def export_open_clip(model: DualEncoder, folder: str | Path) -> None:
             preprocessing is not one of open_clip's.
     """
     backbone = model.tower.backbone.portable_config()
-    architecture = dict(getattr(backbone, "architecture", None) or {})
+    architecture = _architecture(model.tower)
     if backbone.name != "open_clip":
         raise ConfigError(
             f"this dual encoder's backbone is from {backbone.name}, so it is no open_clip model"
         )
     if "multimodal_cfg" in architecture:
         raise ConfigError("this is a CoCa, and a dual encoder has no decoder: open_clip could not load it")
+    if model.config.image_size is not None and architecture["vision_cfg"].get("timm_model_name"):
+        raise ConfigError(
+            f"this tower was resized to {model.config.image_size}, and open_clip builds its trunk from timm "
+            "at the trunk's own size: export it without image_size"
+        )
     architecture.pop("init_logit_bias", None)  # SigLIP's bias is no part of a dual encoder
     settings = model.image_processor.config
     if settings.resize_to not in (None, settings.image_size):
@@ -161,7 +167,7 @@ def clip_vision_config(tower: VisionTower) -> dict[str, Any]:
         ConfigError: it is no CLIP ViT.
     """
     backbone = tower.backbone.portable_config()
-    architecture: dict[str, Any] = dict(getattr(backbone, "architecture", None) or {})
+    architecture = _architecture(tower)
     try:
         if backbone.name == "open_clip":
             architecture.pop("text_cfg", None)  # what the text tower is does not matter here
@@ -175,6 +181,15 @@ def clip_vision_config(tower: VisionTower) -> dict[str, Any]:
         f"{' (' + architecture['model_type'] + ')' if 'model_type' in architecture else ''}; CLIP ViTs of "
         "open_clip and transformers are"
     )
+
+
+def _architecture(tower: VisionTower) -> dict[str, Any]:
+    """A backbone's architecture in its library's terms, at the tower's image size; empty if it has none."""
+    found = deepcopy(getattr(tower.backbone.portable_config(), "architecture", None) or {})
+    vision: dict[str, Any] = found.get("vision_cfg", found)
+    if tower.config.image_size is not None and found:
+        vision["image_size"] = tower.config.image_size
+    return dict(found)
 
 
 def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:

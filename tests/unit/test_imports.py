@@ -24,10 +24,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.registry",),
     ("vlm_vision.tower_config",),
     (
+        "vlm_vision.architectures",
         "vlm_vision.backbone",
         "vlm_vision.compat",
         "vlm_vision.features",
-        "vlm_vision.architectures",
         "vlm_vision.files",
         "vlm_vision.layouts",
         "vlm_vision.preprocess",
