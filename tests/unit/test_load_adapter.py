@@ -331,3 +331,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     config.unlink()
     with pytest.raises(ConfigError, match=r"config.yaml' does not exist"):
         load_adapter(load_dual_encoder(base), found)
+
+
+def test_what_is_no_tower_says_what_it_is_and_what_to_name(
+    base: Path, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def told(source: Path, load: Callable[[Path], Any] = load_tower) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(source)
+        return str(caught.value)
+
+    found = checkpoint(recipe="lora")
+    message = told(found)
+    assert "It is a checkpoint of a run, which holds what learnt and not the rest" in message
+    assert message.endswith(f"vlm_vision.adapters.load_adapter(tower, '{found}')")
+    run = found.parent.parent
+    assert told(run).endswith(f"It is the folder of a run: name '{run / 'model'}'")
+    assert isinstance(load_tower(run / "model"), VisionTower)
+    adapted(vision_model(), tmp_path / "lora")
+    assert "It is a PEFT adapter, which holds what learnt and not the rest" in told(tmp_path / "lora")
+    vlm = tmp_path / "vlm"
+    tiny_tower().save_pretrained(vlm / "tower")
+    (vlm / "config.json").write_text('{"model_type": "of another"}', encoding="utf-8")
+    assert told(vlm).endswith(f"It is a vision-language model: name '{vlm / 'tower'}'")
+    assert told(vlm / "tower", load_dual_encoder).endswith("a tower alone has no text tower")
