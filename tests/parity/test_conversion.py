@@ -29,8 +29,11 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from vlm_vision import load_dual_encoder, load_tower
 from vlm_vision.architectures import open_clip_architecture, transformers_config
-from vlm_vision.layouts import convert
+from vlm_vision.backbones.config import PUBLISHED
+from vlm_vision.errors import WeightsError
+from vlm_vision.layouts import LAYOUTS, Layout, convert
 
 CLIP = {
     "embed_dim": 32,
@@ -272,3 +275,155 @@ def test_timms_siglip_trunks_are_as_their_table_says() -> None:
         assert config["image_size"] == trunk.patch_embed.img_size[0], name
         tanh = type(block.mlp.act).__name__ in ("GELUTanh", "PytorchGELUTanh")
         assert (config["hidden_act"] == "gelu_pytorch_tanh") == tanh, (name, type(block.mlp.act))
+
+
+# Files of every layout behind both sources ------------------------------------------------------------------
+
+PROCESSOR = {
+    "size": {"shortest_edge": 36},
+    "crop_size": {"height": 32, "width": 32},
+    "resample": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+}
+
+
+def native_clip(variant: str = "quick_gelu") -> Any:
+    return widened(open_clip.CLIP(**VARIANTS[variant]))
+
+
+def write(native: Any, layout: Layout, folder: Path, *, torch_file: bool = False) -> Path:
+    """A file of a layout, with no word beside it of what it is."""
+    folder.mkdir(parents=True)
+    state = convert(native.state_dict(), layout, quick_gelu=True)
+    if torch_file:
+        torch.save(state, folder / "weights.pt")
+        return folder / "weights.pt"
+    save_file(state, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def open_clip_node(weights: Path, variant: str = "quick_gelu") -> dict[str, Any]:
+    return {"backbone": {"name": "open_clip", "architecture": VARIANTS[variant], "weights": str(weights)}}
+
+
+def transformers_node(weights: Path, variant: str = "quick_gelu") -> dict[str, Any]:
+    architecture = transformers_config(VARIANTS[variant])["vision_config"]
+    preprocess = {"image_size": 32}
+    return {
+        "backbone": {
+            "name": "transformers",
+            "architecture": architecture,
+            "weights": str(weights),
+            "preprocess": preprocess,
+        }
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("torch_file", [False, True], ids=["safetensors", "pt"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_sources_take_files_and_folders_of_each_layout(
+    layout: Layout, torch_file: bool, tmp_path: Path
+) -> None:
+    native = native_clip()
+    path = write(native, layout, tmp_path / "weights", torch_file=torch_file)
+    pixels, tokens = inputs()
+    expected = hidden_states(native.visual, pixels)[-2][:, 1:]
+    for weights in (path, path.parent):
+        for node in (open_clip_node(weights), transformers_node(weights)):
+            assert worst(load_tower(node)(pixels), expected) < 1e-5  # 3.2e-6
+        model = load_dual_encoder(open_clip_node(weights))
+        assert worst(model.tower.pooled(pixels), native.encode_image(pixels)) < 1e-5  # 8.3e-7
+        assert worst(model.text(tokens), native.encode_text(tokens)) < 1e-5  # 0
+        assert torch.equal(model.logit_scale, native.logit_scale)
+
+
+def transformers_folder(native: Any, variant: str, folder: Path, **options: Any) -> Path:
+    """As transformers' own `save_pretrained` writes a whole CLIP, with its image processor's settings."""
+    theirs = CLIPModel(CLIPConfig(**transformers_config(VARIANTS[variant])))
+    theirs.load_state_dict(convert(native.state_dict(), "transformers"))
+    theirs.save_pretrained(folder, **options)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR), encoding="utf-8")
+    return folder
+
+
+@torch.no_grad()
+def test_both_sources_take_a_folder_of_transformers_in_shards(tmp_path: Path) -> None:
+    native = native_clip()
+    folder = transformers_folder(native, "quick_gelu", tmp_path / "clip", max_shard_size="100KB")
+    assert not (folder / "model.safetensors").exists()
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    pixels, _ = inputs()
+    expected = hidden_states(native.visual, pixels)[-2][:, 1:]
+    for source in (open_clip_node(folder), f"transformers:{folder}"):
+        tower = load_tower(source)
+        assert worst(tower(pixels), expected) < 1e-5  # 3.2e-6
+        settings = tower.image_processor.config
+        assert (settings.resize_to, settings.interpolation, settings.mean) == (
+            36,
+            "bilinear",
+            (0.5, 0.5, 0.5),
+        )
+    next(folder.glob("*.safetensors")).unlink()
+    for source in (open_clip_node(folder), f"transformers:{folder}"):
+        with pytest.raises(WeightsError, match=r"model-00001-of-.*safetensors' does not exist"):
+            load_tower(source)
+
+
+def test_another_activation_is_refused_whatever_the_layout(tmp_path: Path) -> None:
+    openai = write(native_clip(), "openai", tmp_path / "openai")
+    quick = transformers_folder(native_clip(), "quick_gelu", tmp_path / "quick")
+    exact = transformers_folder(native_clip("gelu"), "gelu", tmp_path / "exact")
+    for weights in (openai, quick, quick / "model.safetensors"):
+        with pytest.raises(
+            WeightsError, match=r"trained with QuickGELU.*set architecture.quick_gelu to true"
+        ):
+            load_tower(open_clip_node(weights, "gelu"))
+        with pytest.raises(
+            WeightsError, match=r"trained with QuickGELU, .* computes 'gelu'.*is 'quick_gelu'"
+        ):
+            load_tower(transformers_node(weights, "gelu"))
+    with pytest.raises(WeightsError, match=r"trained with GELU.*set architecture.quick_gelu to false"):
+        load_tower(open_clip_node(exact))
+    with pytest.raises(WeightsError, match=r"trained with GELU, .* computes 'quick_gelu'"):
+        load_tower(transformers_node(exact))
+
+
+def test_missing_and_extra_tensors_are_errors_in_every_layout(tmp_path: Path) -> None:
+    native = native_clip()
+    for layout in LAYOUTS:
+        path = write(native, layout, tmp_path / layout)
+        state = load_file(path)
+        lost = "vision_model.pre_layrnorm.bias" if layout == "transformers" else "visual.ln_pre.bias"
+        inner = "text." if layout == "open_clip" else ""
+        strange = "vision_model.gain" if layout == "transformers" else f"{inner}transformer.resblocks.0.gain"
+        save_file({name: tensor for name, tensor in state.items() if name != lost}, path)
+        with pytest.raises(WeightsError, match=r"1 missing: ln_pre.bias"):
+            load_tower(open_clip_node(path))
+        with pytest.raises(WeightsError, match=r"1 missing: pre_layrnorm.bias"):
+            load_tower(transformers_node(path))
+        save_file({**state, strange: torch.ones(2)}, path)
+        extra = r"1 (unexpected|tensor\(s\) belong to no part).*gain"
+        with pytest.raises(WeightsError, match=extra):
+            load_dual_encoder(open_clip_node(path))
+        with pytest.raises(WeightsError, match=extra):
+            load_tower(transformers_node(path))
+
+
+@torch.no_grad()
+def test_a_published_model_takes_a_file_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`transformers:MODEL@FILE`: the shape and settings of a model that is known, the weights of a file."""
+    vision = transformers_config(VARIANTS["quick_gelu"])["vision_config"]
+    monkeypatch.setitem(PUBLISHED, "openai/tiny", vision)
+    monkeypatch.setitem(PUBLISHED, "openai/other", {**vision, "patch_size": 16})
+    native = native_clip()
+    path = write(native, "openai", tmp_path / "weights")
+    tower = load_tower(f"transformers:openai/tiny@{path}")
+    pixels, _ = inputs()
+    assert worst(tower(pixels), hidden_states(native.visual, pixels)[-2][:, 1:]) < 1e-5  # 3.2e-6
+    assert tower.image_processor.config.mean == (0.48145466, 0.4578275, 0.40821073)
+    with pytest.raises(WeightsError, match="2 of another shape: embeddings.patch_embedding.weight"):
+        load_tower(f"transformers:openai/other@{path}")
