@@ -138,9 +138,15 @@ def _told_beside(folder: Path, layout: Layout) -> bool | None:
     name = "config.json" if layout == "transformers" else "open_clip_config.json"
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        if layout == "transformers":
-            return bool(content.get("vision_config", content)["hidden_act"] == "quick_gelu")
-        return bool(content["model_cfg"].get("quick_gelu", False))
+        if layout != "transformers":
+            return bool(content["model_cfg"].get("quick_gelu", False))
+        family = content.get("model_type")
+        if family not in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
+            return None
+        # transformers 4 leaves out what is a default of the family.
+        default = "quick_gelu" if family.startswith("clip") else "gelu_pytorch_tanh"
+        vision = content.get("vision_config") or {} if family in ("clip", "siglip") else content
+        return bool(vision.get("hidden_act", default) == "quick_gelu")
     except FileNotFoundError:
         return None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

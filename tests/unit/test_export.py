@@ -149,13 +149,19 @@ def test_sources_give_every_layer_that_they_have(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dual")
     cut = VisionTower.from_pretrained(tmp_path / "dual", pooled_head=False)
     cut.save_pretrained(tmp_path / "cut")
-    llm = load_llm(tiny_llm(tmp_path / "llm"))
-    projector = build_projector("mlp2x_gelu", cut.hidden_size, 32, cut.grid)
-    VisionLanguageModel(cut, projector, llm, tiny_tokenizer()).save_pretrained(tmp_path / "vlm")
-    for source, has_pooled in (("dual", True), ("cut", False), ("vlm", False)):
+    for source, has_pooled in (("dual", True), ("cut", False)):
         written = export_clip(load_whole_tower(tmp_path / source), tmp_path / f"{source}-clip")
         assert written.has_pooled == has_pooled
     assert load_whole_tower(TOWER).embed_dim == 32
+
+
+def test_a_vision_language_model_gives_its_tower(tmp_path: Path) -> None:
+    cut = tiny_tower()
+    llm = load_llm(tiny_llm(tmp_path / "llm"))
+    projector = build_projector("mlp2x_gelu", cut.hidden_size, 32, cut.grid)
+    VisionLanguageModel(cut, projector, llm, tiny_tokenizer()).save_pretrained(tmp_path / "vlm")
+    written = export_clip(load_whole_tower(tmp_path / "vlm"), tmp_path / "clip")
+    assert written.placeholders == (3,)
 
 
 @torch.no_grad()

@@ -239,12 +239,21 @@ def test_what_lies_beside_a_file_tells_its_activation(tmp_path: Path) -> None:
     assert told(write("open_clip", open_clip_config={"model_cfg": {"quick_gelu": True}})) is True
     assert told(write("open_clip_flat", open_clip_config={"model_cfg": {}})) is False
     assert told(write("transformers")) is None
-    assert told(write("transformers", config={"hidden_act": "gelu"})) is False
-    assert told(write("transformers", config={"vision_config": {"hidden_act": "quick_gelu"}})) is True
+    clip_vision = {"model_type": "clip_vision_model"}
+    assert told(write("transformers", config={**clip_vision, "hidden_act": "gelu"})) is False
+    assert (
+        told(write("transformers", config=clip_vision)) is True
+    )  # a default, which transformers 4 leaves out
+    assert (
+        told(write("transformers", config={"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}))
+        is False
+    )
+    assert told(write("transformers", config={"model_type": "siglip_vision_model"})) is False
+    assert told(write("transformers", config={"model_type": "llava", "hidden_act": "gelu"})) is None
     with pytest.raises(
-        WeightsError, match=r"model.safetensors: its config.json does not tell .*'hidden_act'"
+        WeightsError, match=r"model.safetensors: its config.json does not tell the activation"
     ):
-        told(write("transformers", config={"model_type": "clip"}))
+        told(write("transformers", config=["no keys"]))
 
 
 def test_shards_are_read_as_one_file(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def _load_clip(model_config: CLIPVisionConfig, weights: str) -> nn.Module:
             f"`architecture`, whose hidden_act is {'quick_gelu' if quick_gelu else 'gelu'!r}"
         )
     with without_init():
-        model = CLIPVisionModel(model_config)
+        model: nn.Module = CLIPVisionModel(model_config)
     own = {
         name.removeprefix("vision_model."): tensor
         for name, tensor in state.items()
