@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_vision.adapters.build import build_projector, list_projectors
+    from vlm_vision.adapters.load import load_adapter
 
-__all__ = ["build_projector", "list_projectors"]
+_HOMES = {"build_projector": "build", "list_projectors": "build", "load_adapter": "load"}
+
+__all__ = ["build_projector", "list_projectors", "load_adapter"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'vlm_vision.adapters' has no attribute {name!r}")
-    from vlm_vision.adapters import build
-
-    return getattr(build, name)
+    return getattr(import_module(f"vlm_vision.adapters.{_HOMES[name]}"), name)

@@ -134,6 +134,23 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     features.add_argument("--batch-size", type=_positive, default=32, help="pictures at once (default: 32)")
     features.set_defaults(rest="pictures")
 
+    export = command(
+        "export",
+        "write a tower as a folder that LLaVA, transformers or open_clip load as their own",
+        "open_clip:ViT-L-14-336-quickgelu@openai --to clip -o clip",
+        "runs/stage2/model --to clip -o clip",
+        "runs/adapted/model --to open_clip -o adapted",
+        "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
+    )
+    export.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
+    export.add_argument(
+        "--to", choices=["clip", "open_clip"], required=True, help="a CLIPVisionModel, or open_clip's model"
+    )
+    export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument(
+        "--adapter", metavar="FOLDER", help="merge it first: of PEFT, or a checkpoint of a contrastive run"
+    )
+
     contrastive = command(
         "contrastive",
         "train or adapt a dual encoder on pictures with captions",

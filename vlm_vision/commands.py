@@ -91,6 +91,37 @@ def features(arguments: argparse.Namespace) -> None:
     print(f"{output}: features {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from vlm_vision.adapters import load_adapter
+    from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.export import export_clip, export_open_clip, load_whole_tower
+
+    output = Path(arguments.output)
+    if output.exists():
+        raise ConfigError(f"{output} is there already: give another folder")
+    if arguments.to == "open_clip":
+        model = load_dual_encoder(arguments.source)
+        if arguments.adapter is not None:
+            load_adapter(model, arguments.adapter)
+        export_open_clip(model, output)
+        print(f"{output}: open_clip.create_model_and_transforms('local-dir:{output}')")
+        return
+    tower = load_whole_tower(arguments.source)
+    if arguments.adapter is not None:
+        load_adapter(tower, arguments.adapter)
+    written = export_clip(tower, output)
+    print(f"{output}: CLIPVisionModel of {written.layers} layers")
+    if written.placeholders:
+        print(
+            f"  the tower had freed its last {len(written.placeholders)} layer(s): they are zeros, which "
+            "change nothing, so that layers are counted as before"
+        )
+    if not written.has_pooled:
+        print("  its pooled output is zeros, for the same reason; features of patches are complete")
+    layers = " and ".join(map(str, written.select_layers))
+    print(f"  LLaVA: --vision_tower {output} --mm_vision_select_layer {layers}")
+
+
 def contrastive(arguments: argparse.Namespace) -> None:
     from vlm_vision.config import load_config
     from vlm_vision.train.contrastive import train_contrastive

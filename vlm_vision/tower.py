@@ -330,7 +330,7 @@ def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> To
     if ":" not in text:
         raise ConfigError(
             f"{text!r} is no folder with a {CONFIG_FILE}, no YAML file, and no `source:model[@weights]` "
-            f"(sources: {', '.join(BACKBONES.names())})"
+            f"(sources: {', '.join(BACKBONES.names())}){_way_out(Path(text))}"
         )
     return load_config(TowerConfig, {"backbone": text, **overrides})
 
@@ -422,6 +422,23 @@ def _read_config(folder: Path, *types: str) -> TowerConfig:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     found = content.get("model_type") if isinstance(content, dict) else None
     if found not in types:
-        hint = f"; for a transformers model use 'transformers:{folder}'" if found else ""
-        raise ConfigError(f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{hint}")
+        raise ConfigError(
+            f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
+        )
     return validate(TowerConfig, content.get("tower", {}), str(path))
+
+
+def _way_out(folder: Path, model_type: object = None) -> str:
+    """What a folder that is no tower holds, and how to get a tower from it; empty where nothing is known."""
+    if (folder / "learnt.safetensors").is_file() or (folder / "adapter_config.json").is_file():
+        kind = "a PEFT adapter" if (folder / "adapter_config.json").is_file() else "a checkpoint of a run"
+        return (
+            f". It is {kind}, which holds what learnt and not the rest: load its base, then "
+            f"vlm_vision.adapters.load_adapter(tower, {str(folder)!r})"
+        )
+    for part, kind in (("model", "the folder of a run"), ("tower", "a vision-language model")):
+        if (folder / part / CONFIG_FILE).is_file():
+            return f". It is {kind}: name {str(folder / part)!r}"
+    if model_type in (MODEL_TYPE, DUAL_ENCODER_TYPE):
+        return "; a tower alone has no text tower" if model_type == MODEL_TYPE else ""
+    return f"; for a transformers model use 'transformers:{folder}'" if model_type else ""

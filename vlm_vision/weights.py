@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +16,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlm_vision.errors import WeightsError, first_line
+from vlm_vision.files import is_inside
+
+SHARDS_SUFFIX = ".index.json"
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
 
-    A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors.
+    A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors, an
+    index of shards (`model.safetensors.index.json`) those of all its files.
 
     Raises:
-        WeightsError: the file is missing, unreadable, or holds anything but tensors.
+        WeightsError: a file is missing, unreadable, or holds anything but tensors; shards that do not hold
+            what their index says.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
+    if path.name.endswith(SHARDS_SUFFIX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -46,8 +55,28 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 
 
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{index}: has no `weight_map` of tensors to files: {error!r}") from error
+    state: dict[str, Tensor] = {}
+    for name in sorted({str(name) for name in shard_of.values()}):
+        shard = index.parent / name
+        if not is_inside(str(shard.absolute().parent), os.path.realpath(index.parent)):
+            raise WeightsError(f"{index}: {name!r} lies outside of its folder")
+        state |= read_state_dict(shard)
+    strange = sorted(state.keys() ^ shard_of.keys())
+    if strange:
+        raise WeightsError(
+            f"{index}: {len(strange)} tensor(s) are in the index or in its files only: "
+            f"{', '.join(strange[:5])}; the folder is not complete, or mixes two models"
+        )
+    return state
+
+
 def find_weights_file(folder: str | Path) -> Path:
-    """The one weights file of a folder, safetensors preferred.
+    """The one weights file of a folder, or the index of its shards; safetensors preferred.
 
     Raises:
         WeightsError: none is there, or the choice is not clear.
@@ -56,7 +85,9 @@ def find_weights_file(folder: str | Path) -> Path:
     for pattern in (
         "model.safetensors",
         "open_clip_model.safetensors",
+        f"*.safetensors{SHARDS_SUFFIX}",
         "*.safetensors",
+        f"*.bin{SHARDS_SUFFIX}",
         "*.bin",
         "*.pt",
         "*.pth",

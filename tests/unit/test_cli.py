@@ -24,6 +24,7 @@ COMMANDS = (
     "demo",
     "towers",
     "features",
+    "export",
     "contrastive",
     "align",
     "chat",

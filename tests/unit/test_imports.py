@@ -24,10 +24,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.registry",),
     ("vlm_vision.tiling_config", "vlm_vision.tower_config"),
     (
+        "vlm_vision.architectures",
         "vlm_vision.backbone",
         "vlm_vision.compat",
         "vlm_vision.features",
         "vlm_vision.files",
+        "vlm_vision.layouts",
         "vlm_vision.pictures",
         "vlm_vision.preprocess",
         "vlm_vision.preprocessor_file",
@@ -40,6 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.backbones",),
     (
         "vlm_vision.dual_encoder",
+        "vlm_vision.export",
         "vlm_vision.metrics",
         "vlm_vision.multiscale",
         "vlm_vision.search",

@@ -18,7 +18,7 @@ import open_clip
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from open_clip.model import _build_text_tower, _build_vision_tower, convert_to_custom_text_state_dict
+from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
@@ -31,15 +31,15 @@ from vlm_vision.backbones.config import OpenClipConfig
 from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
 from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
+from vlm_vision.layouts import read_converted
+from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
 from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower_config import PreprocessConfig
-from vlm_vision.weights import find_weights_file, load_strict, read_state_dict, without_init
+from vlm_vision.weights import find_weights_file, load_strict, without_init
 
 RANDOM = "none"
 # Beside the towers: CoCa's decoder, which a dual encoder leaves out, and SigLIP's bias.
 KNOWN = ("visual.", "text.", "text_decoder.", "logit_scale", "logit_bias")
-# Only OpenAI's own files carry these beside their tensors, and all of them use QuickGELU.
-OPENAI_CONSTANTS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def list_models() -> list[str]:
@@ -435,6 +435,9 @@ def _preprocess(config: OpenClipConfig, side: int | tuple[int, int]) -> Preproce
             )
         return config.preprocess
     record, defaults = _record(config), PreprocessConfig(image_size=side)
+    beside = Path(str(config.weights)) / PREPROCESSOR_FILE
+    if not record and beside.is_file():  # a folder of transformers
+        return read_preprocess(beside).at_size(side)
     return defaults.model_copy(
         update={
             "mean": tuple(record.get("mean") or defaults.mean),
@@ -471,11 +474,10 @@ def _weights(config: OpenClipConfig, architecture: Mapping[str, Any]) -> dict[st
     """All tensors of the weights in the `visual.` / `text.` layout, or None for random weights."""
     if config.weights == RANDOM:
         return None
-    path = _weights_path(config, architecture)
-    state: dict[str, Tensor] = convert_to_custom_text_state_dict(read_state_dict(path))
-    if OPENAI_CONSTANTS & state.keys():
-        _check_activation(config, architecture, trained_with_quick_gelu=True)
-    strange = [name for name in state if not name.startswith(KNOWN) and name not in OPENAI_CONSTANTS]
+    state, quick_gelu = read_converted(_weights_path(config, architecture), "open_clip")
+    if quick_gelu is not None:
+        _check_activation(config, architecture, quick_gelu)
+    strange = [name for name in state if not name.startswith(KNOWN)]
     if strange:
         raise WeightsError(
             f"{_origin(config)}: {len(strange)} tensor(s) belong to no part of an open_clip model: "

@@ -27,8 +27,10 @@ from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
 from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
 from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
+from vlm_vision.layouts import read_converted
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
 from vlm_vision.tower_config import PreprocessConfig
+from vlm_vision.weights import find_weights_file, load_strict, without_init
 
 RANDOM = "none"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,7 +52,7 @@ def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
         raise WeightsError(
             f"an `architecture` alone has no weights; name a folder or hub id, or {RANDOM!r} for random ones"
         )
-    preprocess = config.preprocess or _preprocess(weights, model_config)
+    preprocess = config.preprocess or _preprocess(config, weights, model_config)
     if isinstance(model_config, CLIPVisionConfig):
         return ClipBackbone(_load(CLIPVisionModel, model_config, weights), config, model_config, preprocess)
     return Dinov2Backbone(_load(Dinov2Model, model_config, weights), config, model_config, preprocess)
@@ -180,7 +182,8 @@ def _plain_block(block: Any) -> PlainBlock | None:
 
 def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:
     architecture = config.architecture
-    if architecture is None and random and not Path(str(config.model)).exists():
+    needs_no_hub = random or Path(str(config.weights)).exists()
+    if architecture is None and needs_no_hub and not Path(str(config.model)).exists():
         architecture = PUBLISHED.get(str(config.model))
     if architecture is not None:
         families = {"clip_vision_model": CLIPVisionConfig, "dinov2": Dinov2Config}
@@ -203,23 +206,30 @@ def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:
     return found
 
 
-def _preprocess(weights: str | None, model_config: PretrainedConfig) -> PreprocessConfig:
-    if weights is None:  # random weights have no settings of their own: take the family's
+def _preprocess(
+    config: TransformersConfig, weights: str | None, model_config: PretrainedConfig
+) -> PreprocessConfig:
+    """What lies beside the weights says, else what lies beside the model that they are for."""
+    found = None
+    for place in [] if weights is None else [weights, config.model]:
+        folder = str(Path(place).parent) if place and Path(place).is_file() else place
+        try:
+            found = folder and cached_file(folder, PREPROCESSOR_FILE)
+        except OSError:
+            continue
+        if found is not None:
+            return read_preprocess(Path(found))
+    # Random weights have no settings of their own, and those of a published model are its family's.
+    if weights is None or (Path(weights).exists() and config.model in PUBLISHED):
         if isinstance(model_config, CLIPVisionConfig):
             return PreprocessConfig(image_size=model_config.image_size, crop_rounding="down")
         return PreprocessConfig(
             image_size=model_config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_rounding="down"
         )
-    try:
-        found = cached_file(weights, PREPROCESSOR_FILE)
-    except OSError:
-        found = None
-    if found is None:
-        raise DataError(
-            f"{weights} has no {PREPROCESSOR_FILE}, so the right preprocessing of these weights is unknown; "
-            "add the file, or set `backbone.preprocess`"
-        )
-    return read_preprocess(Path(found))
+    raise DataError(
+        f"{weights} has no {PREPROCESSOR_FILE}, so the right preprocessing of these weights is unknown; "
+        "add the file, or set `backbone.preprocess`"
+    )
 
 
 @contextmanager
@@ -236,6 +246,8 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
     if weights is None:
         model: nn.Module = model_class(model_config)
         return model
+    if model_class is CLIPVisionModel and Path(weights).exists():
+        return _load_clip(model_config, weights)
     try:
         with _quiet():  # its report of what is wrong is raised below, and the text side is not wrong
             model, report = model_class.from_pretrained(
@@ -263,3 +275,28 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
             f"transformers:{weights}: these weights are not for this model\n" + "\n".join(lines)
         )
     return model.to(torch.float32)
+
+
+def _load_clip(model_config: CLIPVisionConfig, weights: str) -> nn.Module:
+    """CLIP's vision model from a file or folder, in any layout that `vlm_vision.layouts` converts."""
+    path, origin = Path(weights), f"transformers:{weights}"
+    try:
+        state, quick_gelu = read_converted(find_weights_file(path) if path.is_dir() else path, "transformers")
+    except WeightsError as error:
+        raise WeightsError(f"{origin}: weights cannot be loaded: {error}") from error
+    if quick_gelu is not None and quick_gelu != (model_config.hidden_act == "quick_gelu"):
+        trained = "QuickGELU" if quick_gelu else "GELU"
+        raise WeightsError(
+            f"{origin}: these weights were trained with {trained}, this model computes "
+            f"{model_config.hidden_act!r}, so its features would be wrong; use a model, or an "
+            f"`architecture`, whose hidden_act is {'quick_gelu' if quick_gelu else 'gelu'!r}"
+        )
+    with without_init():
+        model: nn.Module = CLIPVisionModel(model_config)
+    own = {
+        name.removeprefix("vision_model."): tensor
+        for name, tensor in state.items()
+        if not name.startswith(_TEXT_SIDE)
+    }
+    load_strict(getattr(model, "vision_model", model), own, origin)
+    return model

@@ -1,0 +1,246 @@
+"""Towers and dual encoders as folders that other libraries load as their own models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm_vision.architectures import transformers_config
+from vlm_vision.dual_encoder import DualEncoder
+from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.files import whole_folder
+from vlm_vision.layouts import convert
+from vlm_vision.tower import CONFIG_FILE, WEIGHTS_FILE, VisionTower, load_tower, saved_folder
+from vlm_vision.tower_config import PreprocessConfig
+
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# Our names of a backbone's parts, and the names that its library's own model gives them.
+_LIBRARY_NAMES = {
+    "open_clip": {"backbone.visual.": "visual."},
+    "transformers": {
+        "backbone.embeddings.0.": "vision_model.embeddings.",
+        "backbone.embeddings.1.": "vision_model.pre_layrnorm.",
+        "backbone.blocks.": "vision_model.encoder.layers.",
+        "backbone.norm.": "vision_model.post_layernorm.",
+    },
+}
+_BLOCK = "vision_model.encoder.layers."
+
+
+@dataclass(frozen=True)
+class ClipExport:
+    """What `export_clip` wrote.
+
+    Attributes:
+        layers: of the model in the folder.
+        placeholders: layers of zeros, which pass their input on unchanged, in place of layers that the tower
+            no longer had.
+        has_pooled: whether its pooled output is the model's; otherwise it is all zeros.
+        select_layers: of `hidden_states`, those that are the tower's features, counted from the end.
+    """
+
+    layers: int
+    placeholders: tuple[int, ...]
+    has_pooled: bool
+    select_layers: tuple[int, ...]
+
+
+def load_whole_tower(source: str | Path | Mapping[str, Any]) -> VisionTower:
+    """A tower with every layer that its source has; a folder of a vision-language model gives its tower.
+
+    Raises:
+        ConfigError, WeightsError: as `load_tower`.
+    """
+    if isinstance(source, (str, Path)) and (Path(source) / "tower" / CONFIG_FILE).is_file():
+        source = Path(source) / "tower"
+    return load_tower(source) if saved_folder(source) is not None else load_tower(source, pooled_head=True)
+
+
+def export_clip(tower: VisionTower, folder: str | Path) -> ClipExport:
+    """Write a `CLIPVisionModel` folder of transformers: LLaVA and LLaVA-NeXT take its path as vision tower.
+
+    Every version of transformers reads it: names carry the `vision_model.` level, and sizes of the image
+    processor are mappings. A tower gives features of one layer and has freed those after it, but readers
+    count layers from the end (`hidden_states[-2]`). So freed layers are written as zeros: a pre-norm block of
+    zeros adds nothing to its input, all counts stay right, and the tower's features are what LLaVA reads at
+    any layer from the tower's own on. The final norm, where it is gone too, is zeros as well, so that no one
+    takes a pooled output for an image embedding.
+
+    Raises:
+        ConfigError: the tower is no CLIP ViT, or its preprocessing is not one of a `CLIPImageProcessor`.
+    """
+    config = clip_vision_config(tower)
+    _check_processor(tower.image_processor.config)
+    state = convert(library_state(tower), "transformers")
+    state.pop("visual_projection.weight", None)  # no part of a CLIPVisionModel
+    total: int = config["num_hidden_layers"]
+    kept = 1 + max(int(name.removeprefix(_BLOCK).split(".")[0]) for name in state if name.startswith(_BLOCK))
+    first = {name: tensor for name, tensor in state.items() if name.startswith(f"{_BLOCK}0.")}
+    for layer in range(kept, total):
+        for name, tensor in first.items():
+            state[name.replace(f"{_BLOCK}0.", f"{_BLOCK}{layer}.")] = torch.zeros_like(tensor)
+    has_pooled = "vision_model.post_layernorm.weight" in state
+    for name in () if has_pooled else ("weight", "bias"):
+        state[f"vision_model.post_layernorm.{name}"] = torch.zeros_like(
+            state["vision_model.pre_layrnorm.weight"]
+        )
+    written = ClipExport(
+        layers=total,
+        placeholders=tuple(range(kept + 1, total + 1)),
+        has_pooled=has_pooled,
+        select_layers=tuple(layer - total - 1 for layer in tower.layers),
+    )
+    dtype = str(tower.dtype).removeprefix("torch.")
+    content = {
+        "architectures": ["CLIPVisionModel"],
+        **config,
+        "torch_dtype": dtype,
+        "vlm_vision": {
+            "select_layers": list(written.select_layers),
+            "select_feature": tower.config.select,
+            "placeholder_layers": list(written.placeholders),
+            "has_pooled_output": has_pooled,
+        },
+    }
+    with whole_folder(folder) as partial:
+        _write(partial, {CONFIG_FILE: content}, state, WEIGHTS_FILE)
+        tower.image_processor.save_pretrained(partial)
+    return written
+
+
+def export_open_clip(model: DualEncoder, folder: str | Path) -> None:
+    """Write a folder that open_clip loads: `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
+
+    Raises:
+        ConfigError: the model is not open_clip's, is a CoCa whose decoder a dual encoder has not, or its
+            preprocessing is not one of open_clip's.
+    """
+    backbone = model.tower.backbone.portable_config()
+    architecture = _architecture(model.tower)
+    if backbone.name != "open_clip":
+        raise ConfigError(
+            f"this dual encoder's backbone is from {backbone.name}, so it is no open_clip model"
+        )
+    if "multimodal_cfg" in architecture:
+        raise ConfigError("this is a CoCa, and a dual encoder has no decoder: open_clip could not load it")
+    if model.config.image_size is not None and architecture["vision_cfg"].get("timm_model_name"):
+        raise ConfigError(
+            f"this tower was resized to {model.config.image_size}, and open_clip builds its trunk from timm "
+            "at the trunk's own size: export it without image_size"
+        )
+    architecture.pop("init_logit_bias", None)  # SigLIP's bias is no part of a dual encoder
+    settings = model.image_processor.config
+    if settings.resize_to not in (None, settings.image_size):
+        raise ConfigError(
+            f"preprocess.resize_to is {settings.resize_to}, and open_clip resizes to its image size, "
+            f"{settings.image_size}: set it to that, and check what it does to your scores"
+        )
+    state = library_state(model)
+    if not architecture.get("custom_text") and not architecture["text_cfg"].get("hf_model_name"):
+        state = convert(state, "open_clip_flat")
+    content = {
+        "model_cfg": architecture,
+        "preprocess_cfg": {
+            "mean": list(settings.mean),
+            "std": list(settings.std),
+            "interpolation": settings.interpolation,
+            "resize_mode": settings.resize,
+            "fill_color": settings.fill,
+        },
+    }
+    with whole_folder(folder) as partial:
+        _write(partial, {OPEN_CLIP_CONFIG: content}, state, OPEN_CLIP_WEIGHTS)
+
+
+def clip_vision_config(tower: VisionTower) -> dict[str, Any]:
+    """The `config.json` of the `CLIPVisionModel` that a tower's backbone is; with all its layers.
+
+    Raises:
+        ConfigError: it is no CLIP ViT.
+    """
+    backbone = tower.backbone.portable_config()
+    architecture = _architecture(tower)
+    try:
+        if backbone.name == "open_clip":
+            architecture.pop("text_cfg", None)  # what the text tower is does not matter here
+            architecture = transformers_config(architecture)
+        if architecture.get("model_type") == "clip_vision_model":
+            return architecture
+    except ConfigError as error:
+        raise ConfigError(f"this tower is no CLIPVisionModel: {error}") from error
+    raise ConfigError(
+        f"this tower is no CLIPVisionModel: its backbone is {backbone.name}:{backbone.model or ''}"
+        f"{' (' + architecture['model_type'] + ')' if 'model_type' in architecture else ''}; CLIP ViTs of "
+        "open_clip and transformers are"
+    )
+
+
+def _architecture(tower: VisionTower) -> dict[str, Any]:
+    """A backbone's architecture in its library's terms, at the tower's image size; empty if it has none."""
+    found = deepcopy(getattr(tower.backbone.portable_config(), "architecture", None) or {})
+    vision: dict[str, Any] = found.get("vision_cfg", found)
+    if tower.config.image_size is not None and found:
+        vision["image_size"] = tower.config.image_size
+    return dict(found)
+
+
+def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:
+    """Our name of each tensor to the name that its library's own model has for it.
+
+    Raises:
+        ConfigError: a backbone whose library's names are not known here.
+    """
+    tower = model.tower if isinstance(model, DualEncoder) else model
+    source = tower.backbone.portable_config().name
+    prefixes = _LIBRARY_NAMES.get(source, {})
+    names = {}
+    for name in model.state_dict():
+        inner = name.removeprefix("tower.") if model is not tower else name
+        fitting = [prefix for prefix in prefixes if inner.startswith(prefix)]
+        if fitting:
+            names[name] = prefixes[fitting[0]] + inner.removeprefix(fitting[0])
+        elif model is not tower and not name.startswith("tower."):
+            names[name] = name  # the text side and the temperature have open_clip's names
+        else:
+            raise ConfigError(
+                f"a backbone of {source!r} has no names in CLIP's layouts ({name}); open_clip's and "
+                "transformers' CLIP have"
+            )
+    return names
+
+
+def library_state(model: VisionTower | DualEncoder) -> dict[str, Tensor]:
+    """The tensors under the names of the library that the backbone comes from.
+
+    Raises:
+        ConfigError: as `library_names`.
+    """
+    state = model.state_dict()
+    return {theirs: state[ours] for ours, theirs in library_names(model).items()}
+
+
+def _check_processor(settings: PreprocessConfig) -> None:
+    if settings.resize == "longest":
+        raise ConfigError(
+            "preprocess.resize is 'longest', which a CLIPImageProcessor cannot do: export with "
+            "'shortest', and let LLaVA pad (image_aspect_ratio: pad)"
+        )
+
+
+def _write(folder: Path, configs: Mapping[str, Any], state: Mapping[str, Tensor], weights: str) -> None:
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise WeightsError(f"refusing to write empty tensors ({', '.join(empty[:3])}); gather shards first")
+    for name, content in configs.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / weights, {"format": "pt"}
+    )
