@@ -11,12 +11,17 @@ import pytest
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from transformers import CLIPImageProcessorPil
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from vlm_vision import ImageProcessor
 from vlm_vision.preprocess import open_image
 from vlm_vision.tower_config import PreprocessConfig
+
+try:  # transformers 5 has two of each; in 4.37, which LLaVA pins, the only ones are those of Pillow
+    from transformers import CLIPImageProcessorPil
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+except ImportError:
+    from transformers import BitImageProcessor as BitImageProcessorPil
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k-800" / "images"
 SIZES = [
@@ -86,7 +91,9 @@ def test_equal_to_transformers(processor_class: Any, settings: dict[str, Any], t
     theirs.save_pretrained(tmp_path)
     ours = ImageProcessor.from_pretrained(tmp_path)
     for picture in pictures():
-        pixels = torch.as_tensor(theirs(picture, return_tensors="pt")["pixel_values"][0])
+        pixels = torch.as_tensor(
+            theirs(picture, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+        )
         assert float((ours(picture)[0] - pixels).abs().max()) <= 1e-6, picture.size  # measured 0
 
 
@@ -100,7 +107,9 @@ def test_transformers_reads_what_we_save(tmp_path: Path) -> None:
         ours.save_pretrained(tmp_path)
         theirs = CLIPImageProcessorPil.from_pretrained(tmp_path)
         for picture in pictures():
-            pixels = torch.as_tensor(theirs(picture, return_tensors="pt")["pixel_values"][0])
+            pixels = torch.as_tensor(
+                theirs(picture, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+            )
             assert float((ours(picture)[0] - pixels).abs().max()) <= 1e-6  # measured 0
         assert ImageProcessor.from_pretrained(tmp_path).config == settings
         content = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
