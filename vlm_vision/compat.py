@@ -7,7 +7,7 @@ by its feature, never by a version number. `make test-pinned` runs the core's te
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -99,3 +99,12 @@ def run_block(block: nn.Module, hidden: Tensor) -> Tensor:
 def config_fields(config: Any) -> dict[str, Any]:
     """A transformers config as plain fields, in one order: 4.37 lists them in the order they were set in."""
     return dict(sorted(config.to_dict().items()))
+
+
+def before_load_state_dict(module: nn.Module, hook: Callable[[dict[str, Tensor], str], None]) -> None:
+    """Call `hook(state, prefix)` before a module loads a state dict: in torch 2.1 its register is private."""
+    register = getattr(module, "register_load_state_dict_pre_hook", None)
+    if register is not None:
+        register(lambda _module, state, prefix, *_rest: hook(state, prefix))
+    else:
+        module._register_load_state_dict_pre_hook(lambda state, prefix, *_rest: hook(state, prefix))
