@@ -101,7 +101,7 @@ def config_fields(config: Any) -> dict[str, Any]:
     return dict(sorted(config.to_dict().items()))
 
 
-def before_load_state_dict(module: nn.Module, hook: Callable[[dict[str, Tensor], str], None]) -> None:
+def before_load_state_dict(module: Any, hook: Callable[[dict[str, Tensor], str], None]) -> None:
     """Call `hook(state, prefix)` before a module loads a state dict: in torch 2.1 its register is private."""
     register = getattr(module, "register_load_state_dict_pre_hook", None)
     if register is not None:

@@ -86,7 +86,7 @@ def write_llama(folder: Path, **config: Any) -> Path:
         character_coverage=1.0,
         minloglevel=2,
     )
-    tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"), legacy=False)
+    tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True)
     tokenizer.save_pretrained(folder)
     settings = {
         "vocab_size": len(tokenizer),

@@ -604,7 +604,9 @@ def test_their_train_script_from_stage_1_to_an_answer(family: str, tmp_path: Pat
     path = checkout(family)
     pytest.importorskip("deepspeed", reason="their trainers import it when they save")
     if family == "LLaVA-NeXT":
-        pytest.importorskip("decord", reason="LLaVA-NeXT's train.py reads videos")
+        trainer = (path / "llava" / "train" / "llava_trainer.py").read_text(encoding="utf-8")
+        if "DebugOption" in trainer and "import DebugOption" not in trainer:
+            pytest.skip("this revision of LLaVA-NeXT cannot train: its trainer uses names it does not import")
     tiny_tower().save_pretrained(tmp_path / "tower")
     write_llama(tmp_path / "llama")
     write_records(tmp_path / "data")

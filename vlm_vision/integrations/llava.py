@@ -40,6 +40,7 @@ from transformers import BatchFeature
 
 from vlm_vision.compat import before_load_state_dict
 from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.features import SLICE_M25811_F6, slice_four
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower import VisionTower, describe_tower, load_tower
 from vlm_vision.weights import load_strict, read_state_dict
@@ -74,7 +75,7 @@ class LlavaImageProcessor:
     """
 
     def __init__(self, processor: ImageProcessor) -> None:
-        side = processor.config.image_size
+        side = processor.config.height
         self.processor = processor
         self.image_mean, self.image_std = list(processor.config.mean), list(processor.config.std)
         self.size, self.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
@@ -171,7 +172,8 @@ class LlavaVisionTower(nn.Module):
                 `mm_vision_select_feature` are read. None leaves the layer to the tower.
 
         Raises:
-            ConfigError: an unknown source or selection, a layer that is not there, or S2.
+            ConfigError: an unknown source or selection, a layer that is not there, pictures that are not
+                square, or S2.
             WeightsError: as `load_model`.
         """
         super().__init__()
@@ -188,6 +190,8 @@ class LlavaVisionTower(nn.Module):
         with _as_outside_a_model():
             self._overrides = _selection(self._source, self.select_layer, self.select_feature)
             facts = describe_tower(self._source, **self._overrides)
+        if not isinstance(facts.image_size, int):
+            raise ConfigError(f"{vision_tower}: takes {facts.image_size}; LLaVA's pictures are squares")
         info = facts.backbone.info
         self.cfg_only = LlavaVisionConfig(
             image_size=facts.image_size,
@@ -228,7 +232,8 @@ class LlavaVisionTower(nn.Module):
                 )
             self._waiting = {}
         for module in tower.modules():
-            module._is_hf_initialized = True  # else transformers draws anew what its checkpoint does not hold
+            # Else transformers draws anew what its checkpoint does not hold.
+            setattr(module, "_is_hf_initialized", True)  # noqa: B010 - nn.Module's types have tensors alone
         # Inside transformers' `from_pretrained` the default dtype is the one that the whole model will have.
         tower.to(device, tower.dtype if asked_dtype == torch.float32 else asked_dtype)
         self.vision_tower = tower.requires_grad_(False)
@@ -312,15 +317,10 @@ def _selection(source: str, select_layer: Any, select_feature: str) -> dict[str,
     """
     layer, kind = select_layer, select_feature
     if select_feature.startswith(FOUR_EVENLY):
-        outputs = (
-            describe_tower(source).backbone.info.num_layers + 1
-        )  # with the embeddings, which count there
-        layer, kind = (
-            list(range(outputs // 4 + select_layer, outputs, outputs // 4)),
-            kind[len(FOUR_EVENLY) :],
-        )
+        num_layers = describe_tower(source).backbone.info.num_layers
+        layer, kind = slice_four(num_layers, select_layer), kind.removeprefix(FOUR_EVENLY)
     elif select_feature.startswith(FIVE_NAMED):
-        layer, kind = [-2, -5, -8, -11, 6], kind[len(FIVE_NAMED) :]
+        layer, kind = SLICE_M25811_F6, kind.removeprefix(FIVE_NAMED)
     if kind not in ("patch", "cls_patch"):
         raise ConfigError(
             f"mm_vision_select_feature {select_feature!r}: give patch or cls_patch, either alone or after "
