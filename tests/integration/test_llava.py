@@ -196,7 +196,7 @@ def test_numbers_are_those_of_their_towers(plug: Any, clip: Path, family: str) -
         found += [float(made.double().mean()), float(made.double().std())]
         expected += [facts["mean"], facts["std"]]
         worst = max(abs(one - other) for one, other in zip(found, expected, strict=True)) / facts["std"]
-        assert worst < 1e-5  # measured 2.4e-7 in today's world, 0 in the pinned one
+        assert worst < 1e-5  # measured 2.4e-7
 
 
 def test_a_list_is_one_run_and_a_list_comes_back(plug: Any, saved: Path) -> None:
@@ -525,7 +525,7 @@ def differences(content: Any) -> Iterator[float]:
 def test_side_by_side_with_their_tower(family: str, tmp_path: Path) -> None:
     output = run(WORKER, "towers", tmp_path, path=checkout(family))
     found = json.loads(output.splitlines()[-1])
-    assert max(differences(found)) <= 1e-6  # measured 0 in the pinned world
+    assert max(differences(found)) <= 1e-5  # measured 2.6e-7, and 2.5e-6 once rounded to bfloat16
     for selection, content in found.items():
         for name, (ours, theirs) in (content["members"] | content.get("before loading", {})).items():
             if (family, name) == ("LLaVA", "num_patches") and "cls" in selection:
@@ -542,7 +542,7 @@ def test_side_by_side_in_llava_arch(family: str, tmp_path: Path) -> None:
         "spatial": [2, 85, 16],
         "spatial_unpad": [2, 75, 16],
     }
-    assert max(differences(found)) <= 1e-6  # measured 0
+    assert max(differences(found)) <= 1e-5  # measured 9.7e-7
 
 
 def train(family: str, parts: Path, output: str, version: str, data: str, *arguments: str) -> Path:
