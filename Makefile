@@ -6,7 +6,15 @@ BIN := $(VENV)/bin
 # Numeric code uses the cores itself; test processes beside each other must not each take all of them.
 TEST_WORKERS ?= 2
 
-.PHONY: setup demo test check clean
+# Whose pins `make test-pinned` runs in: llava, or llava_next.
+PINS ?= llava
+PINNED := .venv-pinned/$(PINS)
+DEEPSPEED_llava := 0.12.6
+DEEPSPEED_llava_next := 0.14.4
+CORE_TESTS := tests/parity tests/integration/test_llava.py $(patsubst %,tests/unit/test_%.py,\
+	config metrics preprocess registry search tower zero_shot)
+
+.PHONY: setup demo test test-pinned check clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +30,18 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal
+
+# The core among the libraries of LLaVA's time. DeepSpeed builds nothing here, and wants to see torch.
+test-pinned: $(PINNED)/.installed
+	OMP_NUM_THREADS=1 $(PINNED)/bin/python -m pytest $(CORE_TESTS)
+
+$(PINNED)/.installed: pyproject.toml tests/pinned/$(PINS).txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' || { echo "torch 2.1.2 needs Python 3.10 or 3.11: make test-pinned PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(PINNED)
+	$(PINNED)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/pinned/$(PINS).txt --editable .
+	DS_BUILD_OPS=0 $(PINNED)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation deepspeed==$(DEEPSPEED_$(PINS))
+	$(PINNED)/bin/python -m pip check
+	touch $@
 
 # Static checkers follow folders, not package-dir: these git-ignored links show them the whole package.
 check: setup

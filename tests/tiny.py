@@ -52,6 +52,15 @@ def tiny_tower(**overrides: Any) -> VisionTower:
         return load_tower(TOWER, **overrides)
 
 
+def half_runs_on_cpu() -> bool:
+    """False for torch 2.1, which LLaVA pins."""
+    try:
+        torch.nn.functional.conv2d(torch.ones(1, 1, 1, 1).half(), torch.ones(1, 1, 1, 1).half())
+    except RuntimeError:
+        return False
+    return True
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = ["<pad>", "<unk>", "<s>", "</s>", "system", "user", "answer", ":", "\n", *WORDS]
     model = models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>")

@@ -1,11 +1,18 @@
-"""The one place that knows where supported versions of the libraries differ."""
+"""Where the libraries of today and those that LLaVA pins differ, and nothing else: no other module asks.
+
+LLaVA pins torch 2.1.2, torchvision 0.16.2, transformers 4.37.2 and tokenizers 0.15.1. A difference is found
+by its feature, never by a version number. `make test-pinned` runs the core's tests in that world.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import Attention
@@ -68,3 +75,36 @@ def is_autocasting(device_type: str) -> bool:
     if device_type == "cpu":
         return torch.is_autocast_cpu_enabled()
     return torch.is_autocast_enabled()
+
+
+def clip_vision_trunk(model: Any) -> Any:
+    """The module that holds CLIP's embeddings, encoder and norms: transformers 5 dropped its inner level."""
+    return getattr(model, "vision_model", model)
+
+
+def encoder_blocks(encoder: Any) -> nn.ModuleList:
+    """An encoder's blocks: `layer` or `layers`, by the model and by the version of transformers."""
+    blocks: nn.ModuleList = getattr(encoder, "layer", None) or encoder.layers
+    return blocks
+
+
+def run_block(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Run an encoder block of transformers: older ones demand masks and return tuples."""
+    masks = [name for name in inspect.signature(block.forward).parameters if name.endswith("attention_mask")]
+    output = block(hidden, *[None] * len(masks))
+    following: Tensor = output[0] if isinstance(output, tuple) else output
+    return following
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """A transformers config as plain fields, in one order: 4.37 lists them in the order they were set in."""
+    return dict(sorted(config.to_dict().items()))
+
+
+def before_load_state_dict(module: Any, hook: Callable[[dict[str, Tensor], str], None]) -> None:
+    """Call `hook(state, prefix)` before a module loads a state dict: in torch 2.1 its register is private."""
+    register = getattr(module, "register_load_state_dict_pre_hook", None)
+    if register is not None:
+        register(lambda _module, state, prefix, *_rest: hook(state, prefix))
+    else:
+        module._register_load_state_dict_pre_hook(lambda state, prefix, *_rest: hook(state, prefix))

@@ -81,6 +81,12 @@ def build(kind: str) -> tuple[Any, Any, dict[str, Any]]:
     return dinov2, dinov2, DINOV2_PROCESSOR
 
 
+def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+TOLERANCE = 1e-6  # measured 0; 1.9e-7 beside transformers 4.37, whose attention is made of matrix products
 KINDS = ["whole CLIP", "CLIP vision", "DINOv2", "DINOv2 SwiGLU"]
 
 
@@ -94,11 +100,11 @@ def test_features_equal_hidden_states(kind: str, tmp_path: Path) -> None:
     output = vision(pixels, output_hidden_states=True)
     for layer in (-1, -2, 1):
         tower = load_tower(f"transformers:{folder}", layer=layer)
-        assert torch.equal(tower(pixels), output.hidden_states[layer][:, 1:])
+        assert worst(tower(pixels), output.hidden_states[layer][:, 1:]) <= TOLERANCE
         assert len(tower.backbone.blocks) == (layer % 4)  # type: ignore[arg-type]
     whole = load_tower(f"transformers:{folder}", pooled_head=True)
-    assert torch.equal(whole.pooled(pixels), output.pooler_output)
-    assert torch.equal(whole(pixels), output.hidden_states[-2][:, 1:])
+    assert worst(whole.pooled(pixels), output.pooler_output) <= TOLERANCE
+    assert worst(whole(pixels), output.hidden_states[-2][:, 1:]) <= TOLERANCE
 
 
 @torch.no_grad()

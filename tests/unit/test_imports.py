@@ -43,6 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "vlm_vision.dual_encoder",
         "vlm_vision.export",
+        "vlm_vision.integrations",
         "vlm_vision.metrics",
         "vlm_vision.multiscale",
         "vlm_vision.search",

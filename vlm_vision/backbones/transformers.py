@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.utils import cached_file, logging
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
 from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
+from vlm_vision.compat import clip_vision_trunk, config_fields, encoder_blocks, run_block
 from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
 from vlm_vision.layouts import read_converted
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
@@ -95,7 +95,7 @@ class _TransformersBackbone(Backbone):
             self.blocks,
             self.embeddings(pixels),
             layers,
-            run=_run_block,
+            run=run_block,
             plain=_plain_block,
             checkpointing=self._checkpointing,
         )
@@ -107,7 +107,7 @@ class _TransformersBackbone(Backbone):
         self._checkpointing = enabled
 
     def portable_config(self) -> TransformersConfig:
-        architecture = self._model_config.to_dict()
+        architecture = config_fields(self._model_config)
         return self._config.model_copy(
             update={"architecture": architecture, "preprocess": self.info.preprocess}
         )
@@ -118,7 +118,7 @@ class ClipBackbone(_TransformersBackbone):
 
     def __init__(self, model: Any, *facts: Any) -> None:
         super().__init__(model, *facts)
-        model = getattr(model, "vision_model", model)  # transformers 5 dropped the inner level
+        model = clip_vision_trunk(model)
         self.embeddings = nn.Sequential(model.embeddings, model.pre_layrnorm)
         self.blocks = model.encoder.layers
         self.norm = model.post_layernorm
@@ -140,7 +140,7 @@ class Dinov2Backbone(_TransformersBackbone):
         # Only masked pre-training uses it; as a parameter without gradient it would make DDP wait.
         model.embeddings.mask_token.requires_grad_(False)
         self.embeddings = model.embeddings
-        self.blocks = getattr(model.encoder, "layer", None) or model.encoder.layers
+        self.blocks = encoder_blocks(model.encoder)
         self.norm = model.layernorm
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
@@ -150,14 +150,6 @@ class Dinov2Backbone(_TransformersBackbone):
     def truncate(self, layer: int) -> None:
         self.blocks = self.blocks[:layer]
         self.norm = nn.Identity()
-
-
-def _run_block(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Run an encoder layer of any supported transformers: older ones demand masks and return tuples."""
-    masks = [name for name in inspect.signature(block.forward).parameters if name.endswith("attention_mask")]
-    output = block(hidden, *[None] * len(masks))
-    following: Tensor = output[0] if isinstance(output, tuple) else output
-    return following
 
 
 def _plain_block(block: Any) -> PlainBlock | None:
