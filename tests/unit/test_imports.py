@@ -36,6 +36,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.backbones",),
     (
         "vlm_vision.dual_encoder",
+        "vlm_vision.integrations",
         "vlm_vision.metrics",
         "vlm_vision.search",
         "vlm_vision.testing",

@@ -1,0 +1,1 @@
+"""Towers inside other people's frameworks, one module each."""
