@@ -491,8 +491,10 @@ def _check_plug(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     Raises:
         ConfigError: says which setting, and to what to change it.
     """
+    if not isinstance(child, VlmVisionModel):
+        return
     config: Any = getattr(parent, "config", None)
-    if not isinstance(child, VlmVisionModel) or not hasattr(config, "vision_feature_select_strategy"):
+    if not hasattr(config, "vision_feature_select_strategy"):
         return
     own, theirs = child.config, config.vision_config
     if not isinstance(theirs, VlmVisionConfig) or theirs.tower != own.tower:
