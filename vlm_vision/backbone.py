@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import BackboneConfig, PreprocessConfig
 
 
@@ -18,11 +20,14 @@ class BackboneInfo:
 
     Attributes:
         widths: channels after each layer; its length is the number of layers (or stages).
-        grids: rows and columns of patches after each layer.
+        grids: rows and columns of patches after each layer, at the size that `preprocess` makes.
         prefix_tokens: tokens before the patches (class token, registers).
         default_layer: layer given when the config names none.
         embed_dim: width of the pooled head, or None when there is none.
         preprocess: how pictures are prepared for these weights.
+        size_step: sides of pictures that are multiples of it can be taken, with position embeddings resampled
+            where there are any; None where only the native size can.
+        any_size: whether other sizes are what the weights were trained for (NaFlex), so need no asking.
     """
 
     widths: tuple[int, ...]
@@ -31,6 +36,8 @@ class BackboneInfo:
     default_layer: int
     embed_dim: int | None
     preprocess: PreprocessConfig
+    size_step: int | None = None
+    any_size: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -49,7 +56,10 @@ class Backbone(nn.Module, ABC):
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        """Raw output of the given layers (ascending, from 1), prefix tokens first; none past the last."""
+        """Raw output of the given layers (ascending, from 1), prefix tokens first; none past the last.
+
+        Pixels of another size than the native one come only where `info.size_step` says that they may.
+        """
 
     @abstractmethod
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
@@ -61,4 +71,41 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def portable_config(self) -> BackboneConfig:
-        """This backbone's config, complete enough to build it again without any hub or file."""
+        """This backbone's config, complete enough to build it again without any hub or file.
+
+        At its first size: a tower's `image_size` says what `resize` made of it.
+        """
+
+    def layer_modules(self) -> Sequence[nn.Module]:
+        """The modules of the layers it still has, in order, for what is done layer by layer."""
+        raise ConfigError(f"{type(self).__name__} does not tell its layers apart")
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Make another size the native one, with position embeddings resampled to it; updates `info`.
+
+        Raises:
+            ConfigError: this backbone takes its own size only, or not that one.
+        """
+        raise ConfigError(
+            f"image_size {image_size}: this backbone takes pictures of {self.info.preprocess.image_size} only"
+        )
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Store a block's input only and run it again in the backward pass (arXiv:1604.06174)."""
+        raise ConfigError(f"{type(self).__name__} does not offer activation checkpointing")
+
+    def forward_mixed(
+        self, pictures: Sequence[Float[Tensor, "3 h w"]], layers: Sequence[int]
+    ) -> list[list[Float[Tensor, "tokens d"]]]:
+        """As `forward_layers`, for pictures of several sizes: outputs per layer, and in it per picture.
+
+        Pictures of one size run as one batch. A backbone that masks can run all of them as one.
+        """
+        outputs: list[list[Tensor]] = [[torch.empty(0)] * len(pictures) for _ in layers]
+        for shape in dict.fromkeys(picture.shape for picture in pictures):
+            places = [place for place, picture in enumerate(pictures) if picture.shape == shape]
+            batch = self.forward_layers(torch.stack([pictures[place] for place in places]), layers)
+            for whole, part in zip(outputs, batch, strict=True):
+                for place, tokens in zip(places, part, strict=True):
+                    whole[place] = tokens
+        return outputs

@@ -74,10 +74,16 @@ def _as_found(tower: VisionTower) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _pixels(tower: VisionTower, count: int = 2) -> Float[Tensor, "b 3 h w"]:
+def _native(tower: VisionTower) -> tuple[int, int]:
+    settings = tower.backbone.info.preprocess
+    return settings.height, settings.width
+
+
+def _pixels(
+    tower: VisionTower, count: int = 2, size: tuple[int, int] | None = None
+) -> Float[Tensor, "b 3 h w"]:
     generator = torch.Generator().manual_seed(0)
-    side = tower.image_size
-    return torch.randn(count, 3, side, side, generator=generator).to(tower.device)
+    return torch.randn(count, 3, *(size or _native(tower)), generator=generator).to(tower.device)
 
 
 def _facts_agree(tower: VisionTower) -> None:
@@ -90,10 +96,9 @@ def _facts_agree(tower: VisionTower) -> None:
     )
     rows, columns = tower.grid
     _expect(tower.num_patches == rows * columns, f"num_patches {tower.num_patches}, grid {tower.grid}")
-    _expect(
-        tower.num_patches_per_side == rows,
-        f"num_patches_per_side {tower.num_patches_per_side}, grid {tower.grid}",
-    )
+    if rows == columns:
+        sides = tower.num_patches_per_side
+        _expect(sides == rows, f"num_patches_per_side {sides}, grid {tower.grid}")
     side = tower.image_processor.config.image_size
     _expect(side == tower.image_size, f"image_size {tower.image_size}, the image processor makes {side}")
     info = tower.backbone.info
@@ -110,23 +115,66 @@ def _every_selection_has_its_shape(tower: VisionTower) -> None:
     tokens: dict[Select, int] = {"patch": tower.num_patches}
     if tower.backbone.info.prefix_tokens:
         tokens |= {"cls_patch": tower.num_patches + 1, "cls": 1}
+    if tower.config.keeps_head:
+        tokens["pooled"] = 1
+    pooled = tower.config.select == "pooled"
+    patch_width = _with(tower, select="patch").hidden_size if pooled else tower.hidden_size
     for select, count in tokens.items():
-        chosen = VisionTower(tower.config.model_copy(update={"select": select}), tower.backbone).eval()
+        chosen = _with(tower, select=select)
         with torch.no_grad():
             found[select] = chosen(pixels)
-        shape, wanted = tuple(found[select].shape), (len(pixels), count, tower.hidden_size)
+        width = tower.embed_dim if select == "pooled" else patch_width
+        shape, wanted = tuple(found[select].shape), (len(pixels), count, width)
         _expect(shape == wanted, f"select {select!r} gives {shape}, facts say {wanted}")
         _expect(
             found[select].dtype == tower.dtype,
             f"features are {found[select].dtype}, the tower is {tower.dtype}",
         )
         _expect(bool(found[select].isfinite().all()), f"select {select!r} gives values that are not finite")
-    if len(found) > 1:
+    if "cls" in found:
         joined = torch.cat([found["cls"], found["patch"]], dim=1)
         _expect(
             torch.equal(found["cls_patch"], joined),
             "cls_patch is not the class token followed by the patches",
         )
+
+
+def _with(tower: VisionTower, **changes: object) -> VisionTower:
+    """The same weights, asked for something else; what the tower keeps stays kept."""
+    kept = {"pooled_head": tower.config.keeps_head, "image_size": None}
+    return VisionTower(tower.config.model_copy(update={**kept, **changes}), tower.backbone).eval()
+
+
+def _other_sizes_run_or_are_refused(tower: VisionTower) -> None:
+    """`interpolate` changes nothing at the native size, and a list of mixed sizes is each picture's own."""
+    info, pixels = tower.backbone.info, _pixels(tower)
+    patches = _with(tower, select="patch")
+    with torch.no_grad():
+        _expect(
+            torch.equal(patches(pixels, interpolate=True), patches(pixels)),
+            "interpolate=True changes features at the native size",
+        )
+        if info.size_step is None:
+            return
+        height, width = _native(tower)
+        other = _pixels(tower, 1, (height + info.size_step, width + 2 * info.size_step))
+        rows, columns = tower.grid
+        count = (rows * other.shape[2] // height) * (columns * other.shape[3] // width)
+        found = patches(other, interpolate=True)
+        _expect(
+            tuple(found.shape) == (1, count, patches.hidden_size),
+            f"pixels of {list(other.shape)} give {list(found.shape)}, expected {count} patches",
+        )
+        mixed = patches([pixels[0], other[0], pixels[1]], interpolate=True)
+        _expect(
+            isinstance(mixed, list) and len(mixed) == 3, "a list of mixed sizes gives no list of features"
+        )
+        alone = (patches(pixels[:1])[0], found[0], patches(pixels[1:])[0])
+        for one, own in zip(mixed, alone, strict=True):
+            worst = float((one - own).abs().max() / own.abs().max())
+            _expect(
+                worst <= BATCH_TOLERANCE[tower.dtype], f"a picture among mixed sizes differs by {worst:.1e}"
+            )
 
 
 def _each_layer_is_itself(tower: VisionTower) -> None:
@@ -178,13 +226,14 @@ def _pictures_do_not_mix(tower: VisionTower) -> None:
 
 
 def _wrong_pixels_are_refused(tower: VisionTower) -> None:
-    side = tower.image_size
-    for shape in ((1, 3, side + 1, side + 1), (1, 1, side, side), (3, side, side)):
-        try:
-            tower(torch.zeros(shape, device=tower.device))
-        except ConfigError:
-            continue
-        raise _BrokenError(f"pixels of shape {shape} are not refused with a ConfigError")
+    height, width = _native(tower)
+    for shape in ((1, 3, height + 1, width + 1), (1, 1, height, width), (3, height, width)):
+        for interpolate in (False, True):
+            try:
+                tower(torch.zeros(shape, device=tower.device), interpolate=interpolate)
+            except ConfigError:
+                continue
+            raise _BrokenError(f"pixels of shape {shape} are not refused with a ConfigError")
 
 
 def _gradients_reach_pixels_and_parameters(tower: VisionTower) -> None:
@@ -193,7 +242,7 @@ def _gradients_reach_pixels_and_parameters(tower: VisionTower) -> None:
     torch.autograd.backward(tower(pixels).float().square().sum())
     _expect(pixels.grad is not None and bool(pixels.grad.any()), "no gradient reaches the pixels")
     learning = {name: parameter for name, parameter in tower.named_parameters() if parameter.requires_grad}
-    if tower.config.pooled_head:  # the head is kept, and patches do not pass through it
+    if tower.config.keeps_head:  # the head is kept, and patches do not pass through it
         torch.autograd.backward(tower.pooled(pixels).float().square().sum())
     dead = [name for name, parameter in learning.items() if parameter.grad is None]
     _expect(not dead, f"{len(dead)} parameter(s) get no gradient: {', '.join(dead[:5])}")
@@ -206,7 +255,7 @@ def _frozen_means_no_graph(tower: VisionTower) -> None:
 
 def _the_pooled_head_is_kept_or_refused(tower: VisionTower) -> None:
     pixels = _pixels(tower)
-    if not tower.config.pooled_head:
+    if not tower.config.keeps_head:
         try:
             tower.pooled(pixels)
         except ConfigError:
@@ -219,10 +268,10 @@ def _the_pooled_head_is_kept_or_refused(tower: VisionTower) -> None:
 
 
 def _the_image_processor_makes_pixels(tower: VisionTower) -> None:
-    side = tower.image_size
-    pictures = [Image.new("RGB", (side + 7, side), (200, 30, 60)), Image.new("L", (17, 23), 90)]
+    height, width = _native(tower)
+    pictures = [Image.new("RGB", (width + 7, height), (200, 30, 60)), Image.new("L", (17, 23), 90)]
     pixels = tower.image_processor(pictures)
-    _expect(tuple(pixels.shape) == (2, 3, side, side), f"two pictures give {tuple(pixels.shape)}")
+    _expect(tuple(pixels.shape) == (2, 3, height, width), f"two pictures give {tuple(pixels.shape)}")
     _expect(pixels.dtype == torch.float32, f"pixels are {pixels.dtype}, not float32")
 
 
@@ -256,6 +305,7 @@ def _same_tensors(one: nn.Module, other: nn.Module) -> bool:
 CLAUSES: tuple[Callable[[VisionTower], None], ...] = (
     _facts_agree,
     _every_selection_has_its_shape,
+    _other_sizes_run_or_are_refused,
     _each_layer_is_itself,
     _evaluation_is_deterministic,
     _a_list_is_a_batch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone
+from vlm_vision.compat import attention_kernel
 from vlm_vision.config import load_config, validate
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.features import resolve_layers, select_tokens
@@ -24,7 +25,6 @@ from vlm_vision.weights import load_strict, read_state_dict
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "vlm_vision_tower"
 DUAL_ENCODER_TYPE = "vlm_vision_dual_encoder"
-_T = TypeVar("_T")
 
 
 class VisionTower(nn.Module):
@@ -47,9 +47,11 @@ class VisionTower(nn.Module):
 
         Raises:
             ConfigError: a layer out of range, layers whose grids differ, a class token or pooled head that is
-                not there.
+                not there, an image size that the backbone cannot take.
         """
         super().__init__()
+        if config.image_size is not None and config.image_size != backbone.info.preprocess.image_size:
+            backbone.resize(config.image_size)
         info = backbone.info
         layers = resolve_layers(config.layer, info.num_layers, info.default_layer)
         grids = {info.grids[layer - 1] for layer in layers}
@@ -57,30 +59,33 @@ class VisionTower(nn.Module):
             raise ConfigError(
                 f"layer {config.layer}: its grids differ, {sorted(grids)}, so they cannot be joined"
             )
-        if config.select != "patch" and info.prefix_tokens == 0:
+        if config.select in ("cls", "cls_patch") and info.prefix_tokens == 0:
             raise ConfigError(
                 f"select {config.select!r}: this backbone has no class token; use select 'patch'"
             )
-        if config.pooled_head and info.embed_dim is None:
+        if config.keeps_head and info.embed_dim is None:
             raise ConfigError("pooled_head: this backbone has no pooled head")
         self.config = config
         self.backbone = backbone
         self.image_processor = ImageProcessor(info.preprocess)
         self.layers = layers
         self.grid = grids.pop()
+        self.embed_dim = info.embed_dim if config.keeps_head else None
         self.hidden_size = sum(info.widths[layer - 1] for layer in layers)
-        self.embed_dim = info.embed_dim if config.pooled_head else None
-        if not config.pooled_head:
+        if config.select == "pooled" and info.embed_dim is not None:
+            self.hidden_size = info.embed_dim
+        if not config.keeps_head:
             backbone.truncate(max(layers))
         self.to(getattr(torch, config.dtype))
 
     @property
-    def image_size(self) -> int:
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the pictures in pixels; (rows, columns) where they are not square."""
         return self.backbone.info.preprocess.image_size
 
     @property
     def patch_size(self) -> int:
-        return self.image_size // self.grid[0]
+        return self.backbone.info.preprocess.height // self.grid[0]
 
     @property
     def num_patches(self) -> int:
@@ -88,12 +93,21 @@ class VisionTower(nn.Module):
 
     @property
     def num_patches_per_side(self) -> int:
-        return self.grid[0]
+        """Rows of the grid, which are its columns too.
+
+        Raises:
+            ConfigError: the grid is not square.
+        """
+        rows, columns = self.grid
+        if rows != columns:
+            raise ConfigError(f"the grid is {rows}x{columns}, so it has no one side; use tower.grid")
+        return rows
 
     @property
     def num_tokens(self) -> int:
         """Tokens that `forward` gives for a picture, by `select`."""
-        return {"patch": self.num_patches, "cls_patch": self.num_patches + 1, "cls": 1}[self.config.select]
+        counts = {"patch": self.num_patches, "cls_patch": self.num_patches + 1, "cls": 1, "pooled": 1}
+        return counts[self.config.select]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,50 +121,127 @@ class VisionTower(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @overload
+    def forward(self, pixels: Tensor, *, interpolate: bool = False) -> Tensor: ...
+
+    @overload
+    def forward(self, pixels: Sequence[Tensor], *, interpolate: bool = False) -> Tensor | list[Tensor]: ...
+
     def forward(
-        self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]
-    ) -> Float[Tensor, "b n d"]:
+        self,
+        pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]],
+        *,
+        interpolate: bool = False,
+    ) -> Float[Tensor, "b n d"] | list[Float[Tensor, "n d"]]:
         """Features of the selected layers and tokens; a list of pictures runs as one batch.
 
+        Args:
+            interpolate: take pictures of other sizes than the native one too, with position embeddings
+                resampled as the backbone's own library does; exact at the native size. A list may mix sizes:
+                each size runs as one batch, and a list of [N,D] comes back.
+
         Raises:
-            ConfigError: pixels of another size than the backbone's, or none at all.
+            ConfigError: pixels of a size that the backbone does not take, or none at all.
         """
-        batch = self._batch(pixels)
-        ascending = sorted(self.layers)
-        outputs = dict(zip(ascending, self.backbone.forward_layers(batch, ascending), strict=True))
-        chosen = [
-            select_tokens(outputs[layer], self.config.select, self.backbone.info.prefix_tokens)
-            for layer in self.layers
-        ]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+        with attention_kernel(self.config.attention):
+            if isinstance(pixels, Tensor):
+                return self._features(self._checked(pixels, interpolate))
+            pictures = [self._checked(picture[None], interpolate)[0] for picture in pixels]
+            if len({picture.shape for picture in pictures}) == 1:
+                return self._features(torch.stack(pictures))
+            if not pictures:
+                raise ConfigError("no pixels were given")
+            if self.config.select == "pooled":
+                return [self._features(picture[None])[0] for picture in pictures]
+            ascending = sorted(self.layers)
+            outputs = self.backbone.forward_mixed(pictures, ascending)
+            by_layer = dict(zip(ascending, outputs, strict=True))
+            return [
+                self._selected({layer: tokens[place] for layer, tokens in by_layer.items()})
+                for place in range(len(pictures))
+            ]
 
     def pooled(
-        self, pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]]
+        self,
+        pixels: Float[Tensor, "b 3 h w"] | Sequence[Float[Tensor, "3 h w"]],
+        *,
+        interpolate: bool = False,
     ) -> Float[Tensor, "b e"]:
         """Image embedding of the whole backbone with its head, not normalised.
 
         Raises:
             ConfigError: the tower was built without `pooled_head`.
         """
-        if not self.config.pooled_head:
+        if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
-        return self.backbone.pooled(self._batch(pixels))
-
-    def _batch(self, pixels: Tensor | Sequence[Tensor]) -> Tensor:
-        side = self.image_size
-        shapes = (
-            {tuple(pixels.shape[1:])}
-            if isinstance(pixels, Tensor)
-            else {tuple(picture.shape) for picture in pixels}
-        )
-        if shapes != {(3, side, side)}:
-            found = list(pixels.shape) if isinstance(pixels, Tensor) else sorted(shapes)
-            raise ConfigError(
-                f"pixels of shape {found}: this tower takes [B, 3, {side}, {side}], or a list of "
-                f"[3, {side}, {side}]; tower.image_processor(pictures) makes them from pictures of any size"
-            )
         batch = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
+        with attention_kernel(self.config.attention):
+            return self.backbone.pooled(self._checked(batch, interpolate))
+
+    def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
+        if self.config.select == "pooled":
+            return self.backbone.pooled(batch)[:, None]
+        ascending = sorted(self.layers)
+        outputs = self.backbone.forward_layers(batch, ascending)
+        return self._selected(dict(zip(ascending, outputs, strict=True)))
+
+    def _selected(self, by_layer: Mapping[int, Float[Tensor, "... tokens d"]]) -> Float[Tensor, "... n d"]:
+        prefix_tokens = self.backbone.info.prefix_tokens
+        chosen = [select_tokens(by_layer[layer], self.config.select, prefix_tokens) for layer in self.layers]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+
+    def _checked(self, batch: Tensor, interpolate: bool) -> Float[Tensor, "b 3 h w"]:
+        """Pixels on the tower's device and in its dtype, if their size is one that it takes."""
+        info = self.backbone.info
+        native = (3, info.preprocess.height, info.preprocess.width)
+        if batch.ndim != 4 or batch.shape[1] != 3 or tuple(batch.shape[1:]) != native:
+            step = info.size_step
+            fits = batch.ndim == 4 and batch.shape[1] == 3 and bool(step)
+            if not (fits and (interpolate or info.any_size)):
+                raise ConfigError(self._refusal(batch, native, step, interpolate))
+            if batch.shape[2] % step or batch.shape[3] % step or 0 in batch.shape[2:]:
+                raise ConfigError(
+                    f"pixels of shape {list(batch.shape)}: both sides must be multiples of {step} pixels"
+                )
         return batch.to(device=self.device, dtype=self.dtype)
+
+    @staticmethod
+    def _refusal(batch: Tensor, native: tuple[int, ...], step: int | None, interpolate: bool) -> str:
+        _, height, width = native
+        wanted = (
+            f"pixels of shape {list(batch.shape)}: this tower takes [B, 3, {height}, {width}], or a list of "
+            f"[3, {height}, {width}]; tower.image_processor(pictures) makes them from pictures of any size"
+        )
+        if interpolate:
+            return f"{wanted}; its backbone takes no other size"
+        return wanted + ("; interpolate=True takes other sizes" if step else "")
+
+    def train_only(self, part: Literal["nothing", "everything"] | int) -> None:
+        """Say what learns: `requires_grad` of every parameter is set.
+
+        Args:
+            part: nothing (frozen), everything, or the last so many of the layers it has. For LoRA see
+                `vlm_vision.adapters.lora`; for rules by name and rate, the training recipes.
+
+        Raises:
+            ConfigError: more layers than there are.
+        """
+        self.requires_grad_(part == "everything")
+        if isinstance(part, str):
+            return
+        blocks = list(self.backbone.layer_modules())
+        if not 0 < part <= len(blocks):
+            raise ConfigError(f"last {part} layers: this tower has {len(blocks)}")
+        for block in blocks[-part:]:
+            block.requires_grad_(True)
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Trade time for memory in training: store only what enters a block, and run it again backwards.
+
+        Raises:
+            ConfigError: the backbone does not offer it.
+        """
+        self.backbone.checkpoint_activations(enabled)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and `preprocessor_config.json`; complete or absent."""
@@ -189,10 +280,10 @@ class VisionTower(nn.Module):
         if not overrides:
             return whole.eval()
         wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
-        if wanted.pooled_head and not stored.pooled_head:
+        if wanted.keeps_head and not stored.keeps_head:
             raise ConfigError(f"{folder}: was saved without its pooled head; take it from the dual encoder")
         asked = resolve_layers(wanted.layer, backbone.info.num_layers, backbone.info.default_layer)
-        if not stored.pooled_head and max(asked) > max(whole.layers):
+        if not stored.keeps_head and max(asked) > max(whole.layers):
             raise ConfigError(
                 f"{folder}: was saved up to layer {max(whole.layers)}, layer {wanted.layer} is not in it"
             )

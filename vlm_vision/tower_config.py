@@ -22,10 +22,13 @@ BACKBONES = Registry(
         ("open_clip", "vlm_vision.backbones.config:OpenClipConfig"),
         ("transformers", "vlm_vision.backbones.config:TransformersConfig"),
         ("timm", "vlm_vision.backbones.config:TimmConfig"),
+        ("fused", "vlm_vision.backbones.config:FusedConfig"),
     ),
 )
 
-Select = Literal["patch", "cls_patch", "cls"]
+Select = Literal["patch", "cls_patch", "cls", "pooled"]
+LayerList = Literal["slicefour", "slice_m25811_f6"]
+Attention = Literal["auto", "flash", "efficient", "math"]
 DType = Literal["float32", "bfloat16", "float16"]
 Rgb = tuple[float, float, float]
 
@@ -70,18 +73,30 @@ class TowerConfig(Config):
     Attributes:
         backbone: which model, from which library, with which weights: a node, or `source:model[@weights]`.
         layer: whose features are given, counted as transformers counts `hidden_states`: -1 is the last layer,
-            -2 the one before it, k the k-th. A list is concatenated along the channels. None takes the
-            backbone's own: -2 for transformers, -1 (the last stage) for trunks made of stages.
-        select: patch tokens, class token followed by patch tokens, or class token alone.
+            -2 the one before it, k the k-th. A list is concatenated along the channels; two lists have
+            LLaVA-NeXT's names: `slicefour` and `slice_m25811_f6`. None takes the backbone's own: -2 for
+            transformers, -1 (the last stage) for trunks made of stages.
+        select: patch tokens, class token followed by patch tokens, class token alone, or the pooled head's
+            image embedding as one token.
+        image_size: side of the pictures, or (rows, columns); position embeddings are resampled to it as the
+            backbone's own library does. None keeps the weights' native size.
         dtype: of the weights, and so of the features.
         pooled_head: keep the layers after the selected one and the head, for image embeddings.
+        attention: torch's kernel for scaled dot product attention; `auto` leaves the choice to torch.
     """
 
     backbone: Annotated[BackboneConfig, Variant(BACKBONES)]
-    layer: int | tuple[int, ...] | None = None
+    layer: int | tuple[int, ...] | LayerList | None = None
     select: Select = "patch"
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     dtype: DType = "float32"
     pooled_head: bool = False
+    attention: Attention = "auto"
+
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the whole backbone is kept: asked for, or because its head is what is selected."""
+        return self.pooled_head or self.select == "pooled"
 
     @model_validator(mode="after")
     def _layers_are_named_once(self) -> TowerConfig:
@@ -94,7 +109,7 @@ class PreprocessConfig(Config):
     """How a picture becomes the square a backbone expects.
 
     Attributes:
-        image_size: side of the square in pixels.
+        image_size: side of the square in pixels, or (rows, columns).
         resize: `shortest` scales the shorter side to `resize_to` and crops the centre; `squash` scales both
             sides to the square; `longest` scales the longer side and pads with `fill`.
         resize_to: None means `image_size`.
@@ -103,7 +118,7 @@ class PreprocessConfig(Config):
         fill: padding colour, 0..255, of `longest`.
     """
 
-    image_size: PositiveInt
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]
     resize: Literal["shortest", "squash", "longest"] = "shortest"
     resize_to: PositiveInt | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] = "bicubic"
@@ -111,3 +126,17 @@ class PreprocessConfig(Config):
     mean: Rgb = (0.48145466, 0.4578275, 0.40821073)
     std: Rgb = (0.26862954, 0.26130258, 0.27577711)
     fill: Annotated[int, Field(ge=0, le=255)] = 0
+
+    @property
+    def height(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[0]
+
+    @property
+    def width(self) -> int:
+        return self.image_size if isinstance(self.image_size, int) else self.image_size[1]
+
+    def at_size(self, image_size: int | tuple[int, int]) -> PreprocessConfig:
+        """The same settings for another size; a margin that is cropped away scales with it."""
+        height = image_size if isinstance(image_size, int) else image_size[0]
+        resize_to = self.resize_to and round(self.resize_to * height / self.height)
+        return self.model_copy(update={"image_size": image_size, "resize_to": resize_to})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vlm_vision.errors import WeightsError, first_line
 
@@ -89,4 +92,31 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     ]
     if lines:
         raise WeightsError(f"{origin}: these weights are not for this model\n" + "\n".join(lines))
-    module.load_state_dict(state)
+    own = {name: tensor.to(wanted[name].dtype, copy=False) for name, tensor in state.items()}
+    # The file's own memory becomes the module's: no second copy is made.
+    module.load_state_dict(own, assign=True)
+
+
+@contextmanager
+def without_init(skip: bool = True) -> Iterator[None]:
+    """Build modules whose parameters all come from a file: filling them with random numbers is skipped.
+
+    Memory that is never written is never taken, so that the module costs nothing until the file's own memory
+    is assigned to it. Buffers are computed as ever.
+    """
+    if not skip:
+        yield
+        return
+    with _WithoutInit():
+        yield
+
+
+class _WithoutInit(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
+        if changes and args and isinstance(args[0], nn.Parameter):
+            return args[0]
+        return func(*args, **(kwargs or {}))

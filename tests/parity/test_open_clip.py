@@ -129,7 +129,7 @@ def test_features_equal_open_clip_and_transformers_tiny(tiny: open_clip.CLIP, ti
         own = tiny.visual.forward_intermediates(
             pixels, indices=[3 + index], output_fmt="NLC", intermediates_only=True
         )
-        assert torch.equal(features, own["image_intermediates"][0])
+        assert worst(features, own["image_intermediates"][0]) <= 1e-5  # measured 7e-7
         assert worst(features, hidden[index][:, 1:]) <= 1e-5  # measured 6e-7
 
 
@@ -141,7 +141,7 @@ def test_features_equal_open_clip_and_transformers_vit_b_32(
     features = real_model.tower(pixels)
     assert features.shape == (2, 49, 768)
     own = real.visual.forward_intermediates(pixels, indices=[10], output_fmt="NLC", intermediates_only=True)
-    assert torch.equal(features, own["image_intermediates"][0])
+    assert worst(features, own["image_intermediates"][0]) <= 1e-5  # measured 2e-6
     hidden = to_transformers(real.visual, quick_gelu=True)(pixels, output_hidden_states=True).hidden_states
     assert worst(features, hidden[-2][:, 1:]) <= 1e-5  # measured 2e-6
     gelu = to_transformers(real.visual, quick_gelu=False)(pixels, output_hidden_states=True).hidden_states
@@ -166,8 +166,9 @@ def test_transformers_backbone_gives_the_same_features_from_mapped_weights(
 def test_embeddings_equal_open_clips(real: open_clip.CLIP, real_model: DualEncoder) -> None:
     pixels, tokens = torch.randn(2, 3, 224, 224), open_clip.tokenize(WORDS)
     assert torch.equal(real_model.tokenizer(WORDS), tokens)
-    assert torch.equal(real_model.tower.pooled(pixels), real.encode_image(pixels))
-    assert torch.equal(real_model.encode_image(pixels), normalize(real.encode_image(pixels), dim=-1))
+    assert worst(real_model.tower.pooled(pixels), real.encode_image(pixels)) <= 1e-5  # measured 2e-6
+    own = normalize(real.encode_image(pixels), dim=-1)
+    assert worst(real_model.encode_image(pixels), own) <= 1e-6  # measured 2e-7
     assert (
         worst(real_model.encode_text(tokens), real.encode_text(tokens, normalize=True)) <= 1e-6
     )  # measured 0
@@ -274,7 +275,7 @@ def test_weights_load_from_every_format(
         torch.save(state, source)
     ours = load_dual_encoder({"backbone": node(source)})
     pixels, tokens = torch.randn(2, 3, 32, 32), ours.tokenizer(WORDS)
-    tolerance = 2e-3 if kind == "half" else 0.0  # measured 2.4e-4 for half
+    tolerance = 2e-3 if kind == "half" else 1e-6  # measured 2.4e-4 and 1.5e-7
     assert worst(ours.encode_image(pixels), tiny.encode_image(pixels, normalize=True)) <= tolerance
     assert worst(ours.encode_text(tokens), tiny.encode_text(tokens, normalize=True)) <= tolerance
     assert ours.tower.dtype == torch.float32

@@ -25,6 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.tower_config",),
     (
         "vlm_vision.backbone",
+        "vlm_vision.compat",
         "vlm_vision.features",
         "vlm_vision.files",
         "vlm_vision.preprocess",

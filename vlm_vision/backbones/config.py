@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
-from vlm_vision.tower_config import BackboneConfig, PreprocessConfig
+from vlm_vision.config import Config
+from vlm_vision.registry import Variant
+from vlm_vision.tower_config import BACKBONES, BackboneConfig, PreprocessConfig
 
 _CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _CLIP_BASE = {
@@ -170,5 +172,54 @@ class TimmConfig(BackboneConfig):
 
     def build(self, *, load_weights: bool = True) -> Backbone:
         from vlm_vision.backbones.timm import build
+
+        return build(self, load_weights=load_weights)
+
+
+class FusedPart(Config):
+    """One backbone among several.
+
+    Attributes:
+        backbone: as the `backbone` of a tower.
+        layer: whose features are taken, counted as a tower's; None takes the backbone's own.
+    """
+
+    backbone: Annotated[BackboneConfig, Variant(BACKBONES)]
+    layer: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_a_backbone_alone(cls, value: Any) -> Any:
+        alone = isinstance(value, str) or (isinstance(value, dict) and "name" in value)
+        return {"backbone": value} if alone else value
+
+
+class FusedConfig(BackboneConfig):
+    """Several backbones as one.
+
+    Attributes:
+        parts: each a backbone, or a backbone with its layer.
+        join: `channels` puts the features of a patch side by side, on one grid; `tokens` puts the parts'
+            tokens one after the other, which takes parts of one width.
+        grid: rows and columns to which features are interpolated, of `channels`; None takes the first part's.
+    """
+
+    name: Literal["fused"] = "fused"
+    parts: tuple[FusedPart, ...]
+    join: Literal["channels", "tokens"] = "channels"
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> FusedConfig:
+        if len(self.parts) < 2:
+            raise ValueError("name at least two `parts`")
+        if self.model is not None or self.weights is not None:
+            raise ValueError("`model` and `weights` are of the parts, not of the whole")
+        if self.grid is not None and self.join == "tokens":
+            raise ValueError("`grid` is for `join: channels`; tokens one after the other keep their grids")
+        return self
+
+    def build(self, *, load_weights: bool = True) -> Backbone:
+        from vlm_vision.backbones.fused import build
 
         return build(self, load_weights=load_weights)

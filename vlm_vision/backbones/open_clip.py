@@ -1,4 +1,8 @@
-"""open_clip's native ViTs and ModifiedResNets, with the text towers that were trained beside them."""
+"""Every image tower of open_clip, with the text towers that were trained beside them.
+
+Native ViTs (CLIP, CLIPA, CoCa), ModifiedResNets, and trunks from timm (SigLIP, SigLIP2, PE, EVA, ViTamin,
+ConvNeXt, Swin, FastViT).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +20,20 @@ from einops import rearrange
 from jaxtyping import Float
 from open_clip.model import _build_text_tower, _build_vision_tower, convert_to_custom_text_state_dict
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.utils.checkpoint import checkpoint
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import OpenClipConfig
+from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
+from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower_config import PreprocessConfig
-from vlm_vision.weights import find_weights_file, load_strict, read_state_dict
+from vlm_vision.weights import find_weights_file, load_strict, read_state_dict, without_init
 
 RANDOM = "none"
 # Beside the towers: CoCa's decoder, which a dual encoder leaves out, and SigLIP's bias.
@@ -33,32 +43,27 @@ OPENAI_CONSTANTS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def list_models() -> list[str]:
-    """Models of open_clip whose trunk is a native ViT or a ModifiedResNet."""
-    return [
-        name for name in open_clip.list_models() if _is_native(open_clip.get_model_config(name)["vision_cfg"])
-    ]
+    """All models of open_clip."""
+    return list(open_clip.list_models())
 
 
 def build(config: OpenClipConfig, *, load_weights: bool = True) -> Backbone:
     """The vision side of an open_clip model.
 
     Raises:
-        ConfigError: unknown model, or a trunk from timm.
+        ConfigError: unknown model.
         WeightsError: no weights named, unknown tag, another activation, or tensors that do not fit.
     """
     architecture = _architecture(config)
-    if not _is_native(architecture["vision_cfg"]):
-        raise ConfigError(
-            f"open_clip model {config.model!r} has a timm trunk, which this source does not read yet; "
-            f"use timm:{architecture['vision_cfg']['timm_model_name']}"
-        )
     state = _weights(config, architecture) if load_weights else None
-    visual = _build_vision_tower(
-        architecture["embed_dim"], architecture["vision_cfg"], _quick_gelu(architecture)
-    )
-    preprocess = _preprocess(config, architecture)
+    with without_init(state is not None):
+        visual = _build_visual(architecture)
+    side = _image_size(visual, architecture)
+    preprocess = _preprocess(config, side)
     backbone: Backbone
-    if isinstance(visual, ModifiedResNet):
+    if isinstance(visual, TimmModel):
+        backbone = TrunkInOpenClip(visual, config, architecture, preprocess)
+    elif isinstance(visual, ModifiedResNet):
         backbone = ResNetBackbone(visual, config, architecture, preprocess)
     else:
         backbone = VitBackbone(visual, config, architecture, preprocess)
@@ -105,29 +110,31 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
     return TextSide(encoder, tokenizer, logit_scale)
 
 
-class _OpenClipBackbone(Backbone):
-    """What both trunk kinds share: the `visual` module of open_clip under its own parameter names."""
+class _NativeBackbone(Backbone):
+    """What both native kinds share: the `visual` module of open_clip under its own parameter names."""
 
     visual: Any
 
-    def __init__(self, visual: nn.Module, config: OpenClipConfig, architecture: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        visual: nn.Module,
+        config: OpenClipConfig,
+        architecture: dict[str, Any],
+        preprocess: PreprocessConfig,
+    ) -> None:
         super().__init__()
         self.visual = visual
-        self._config = config
-        self._architecture = architecture
+        self._portable = _portable(config, architecture, preprocess)
+        self._checkpointing = False
 
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        output = self.visual(pixels)
-        embedding: Tensor = output[0] if isinstance(output, tuple) else output
-        return embedding
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self._checkpointing = enabled
 
     def portable_config(self) -> OpenClipConfig:
-        return self._config.model_copy(
-            update={"architecture": self._architecture, "preprocess": self.info.preprocess}
-        )
+        return self._portable
 
 
-class VitBackbone(_OpenClipBackbone):
+class VitBackbone(_NativeBackbone):
     """A native ViT: layers are transformer blocks, one class token before the patches."""
 
     def __init__(
@@ -137,7 +144,7 @@ class VitBackbone(_OpenClipBackbone):
         architecture: dict[str, Any],
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(visual, config, architecture)
+        super().__init__(visual, config, architecture, preprocess)
         layers = len(visual.transformer.resblocks)
         self.info = BackboneInfo(
             widths=(visual.conv1.out_channels,) * layers,
@@ -146,28 +153,57 @@ class VitBackbone(_OpenClipBackbone):
             default_layer=-2 if layers > 1 else -1,
             embed_dim=visual.output_dim,
             preprocess=preprocess,
+            size_step=visual.patch_size[0],
         )
 
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        output = self.visual.forward_intermediates(
-            pixels,
-            indices=[layer - 1 for layer in layers],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
+        return run_blocks(
+            self.visual.transformer.resblocks,
+            self._embed(pixels),
+            layers,
+            run=_run_block,
+            plain=_plain_block,
+            checkpointing=self._checkpointing,
         )
-        pairs = zip(output["image_intermediates_prefix"], output["image_intermediates"], strict=True)
-        return [torch.cat(pair, dim=1) for pair in pairs]
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        embedding: Tensor = self.visual._pool(self.forward_layers(pixels, [self.info.num_layers])[0])[0]
+        return embedding if self.visual.proj is None else embedding @ self.visual.proj
+
+    def _embed(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b tokens d"]:
+        visual = self.visual
+        maps = visual.conv1(pixels)
+        positions = _resample_positions(visual.positional_embedding, visual.grid_size, maps.shape[-2:])
+        patches = rearrange(maps, "b d h w -> b (h w) d")
+        cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([cls, patches], dim=1) + positions.to(patches.dtype)
+        embedded: Tensor = visual.ln_pre(visual.patch_dropout(tokens))
+        return embedded
 
     def truncate(self, layer: int) -> None:
         self.visual.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
         self.visual.attn_pool = self.visual.attn_pool_contrastive = None
 
+    def layer_modules(self) -> Sequence[nn.Module]:
+        return list(self.visual.transformer.resblocks)
 
-class ResNetBackbone(_OpenClipBackbone):
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        visual, preprocess = self.visual, self.info.preprocess.at_size(image_size)
+        size, step = (preprocess.height, preprocess.width), visual.patch_size[0]
+        if size[0] % step or size[1] % step:
+            raise ConfigError(f"image_size {image_size}: both sides must be multiples of {step} pixels")
+        grid = (size[0] // step, size[1] // step)
+        old = visual.positional_embedding
+        with torch.no_grad():
+            new = _resample_positions(old, visual.grid_size, grid)
+        visual.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
+        visual.grid_size, visual.image_size = grid, size
+        self.info = replace(self.info, grids=(grid,) * self.info.num_layers, preprocess=preprocess)
+
+
+class ResNetBackbone(_NativeBackbone):
     """A ModifiedResNet: layers are the stem and the four stages, each halving the grid; no class token."""
 
     def __init__(
@@ -177,35 +213,162 @@ class ResNetBackbone(_OpenClipBackbone):
         architecture: dict[str, Any],
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(visual, config, architecture)
+        super().__init__(visual, config, architecture, preprocess)
         width = visual.layer1[0].conv1.out_channels
-        side = preprocess.image_size
         self.info = BackboneInfo(
             widths=(width, *(width * 4 * 2**stage for stage in range(4))),
-            grids=tuple((side // stride, side // stride) for stride in (4, 4, 8, 16, 32)),
+            grids=self._grids(preprocess),
             prefix_tokens=0,
             default_layer=-1,
             embed_dim=visual.output_dim,
             preprocess=preprocess,
+            size_step=32,
         )
+
+    @staticmethod
+    def _grids(preprocess: PreprocessConfig) -> tuple[tuple[int, int], ...]:
+        size = (preprocess.height, preprocess.width)
+        return tuple((size[0] // stride, size[1] // stride) for stride in (4, 4, 8, 16, 32))
 
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        # stop_early=False is what stops early here: open_clip 3.3's ModifiedResNet has the flag inverted.
-        output = self.visual.forward_intermediates(
-            pixels, indices=[layer - 1 for layer in layers], stop_early=False, intermediates_only=True
-        )
-        return [rearrange(stage, "b d h w -> b (h w) d") for stage in output["image_intermediates"]]
+        hidden, outputs = self.visual.stem(pixels), []
+        for number, stage in enumerate([None, *self._stages()][: layers[-1]], start=1):
+            if stage is not None:
+                learns = self._checkpointing and torch.is_grad_enabled()
+                hidden = checkpoint(stage, hidden, use_reentrant=False) if learns else stage(hidden)
+            if number in layers:
+                outputs.append(rearrange(hidden, "b d h w -> b (h w) d"))
+        return outputs
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        native = (self.info.preprocess.height, self.info.preprocess.width)
+        if tuple(pixels.shape[2:]) != native:
+            raise ConfigError(
+                f"pixels of {list(pixels.shape)}: a ModifiedResNet's attention pooling takes {native} only"
+            )
+        embedding: Tensor = self.visual(pixels)
+        return embedding
 
     def truncate(self, layer: int) -> None:
         for stage in range(layer, 5):
             setattr(self.visual, f"layer{stage}", nn.Identity())
         self.visual.attnpool = nn.Identity()
 
+    def layer_modules(self) -> Sequence[nn.Module]:
+        return [stage for stage in self._stages() if not isinstance(stage, nn.Identity)]
 
-def _is_native(vision_cfg: Mapping[str, Any]) -> bool:
-    return not vision_cfg.get("timm_model_name")
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Another size of pictures; position embeddings are in the pooling only, and are resampled there."""
+        preprocess = self.info.preprocess.at_size(image_size)
+        if preprocess.height % 32 or preprocess.width % 32:
+            raise ConfigError(f"image_size {image_size}: both sides must be multiples of 32 pixels")
+        grids, pooling = self._grids(preprocess), self.visual.attnpool
+        if not isinstance(pooling, nn.Identity):
+            old = pooling.positional_embedding
+            with torch.no_grad():
+                new = _resample_positions(old, self.info.grids[-1], grids[-1])
+            pooling.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.info = replace(self.info, grids=grids, preprocess=preprocess)
+
+    def _stages(self) -> list[nn.Module]:
+        return [getattr(self.visual, f"layer{stage}") for stage in range(1, 5)]
+
+
+class TrunkInOpenClip(TrunkBackbone):
+    """A timm model as open_clip's image tower: its head, and the projection that open_clip adds."""
+
+    visual: Any
+
+    def __init__(
+        self,
+        visual: TimmModel,
+        config: OpenClipConfig,
+        architecture: dict[str, Any],
+        preprocess: PreprocessConfig,
+    ) -> None:
+        super().__init__(
+            _origin(config), visual, visual.trunk, preprocess, lambda: _build_visual(architecture)
+        )
+        self.visual = visual
+        self._portable = _portable(config, architecture, preprocess)
+
+    @property
+    def trunk(self) -> Any:
+        return self.visual.trunk
+
+    @staticmethod
+    def _trunk_of(model: Any) -> Any:
+        return model.trunk
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        embedding: Tensor = self.visual(pixels)
+        return embedding
+
+    def truncate(self, layer: int) -> None:
+        super().truncate(layer)
+        self.visual.head = nn.Identity()
+
+    def portable_config(self) -> OpenClipConfig:
+        return self._portable
+
+
+def _portable(
+    config: OpenClipConfig, architecture: dict[str, Any], preprocess: PreprocessConfig
+) -> OpenClipConfig:
+    return config.model_copy(update={"architecture": architecture, "preprocess": preprocess})
+
+
+def _run_block(block: nn.Module, tokens: Tensor) -> Tensor:
+    following: Tensor = block(tokens)
+    return following
+
+
+def _plain_block(block: Any) -> PlainBlock | None:
+    """The parts of a block without layer scale, adapters or attention of another kind."""
+    if type(block) is not ResidualAttentionBlock or type(block.attn) is not nn.MultiheadAttention:
+        return None
+    linear = (block.mlp.c_fc, block.mlp.c_proj, block.attn.out_proj)
+    scaled = not all(isinstance(scale, nn.Identity) for scale in (block.ls_1, block.ls_2))
+    if scaled or not all(isinstance(layer, nn.Linear) for layer in linear):
+        return None
+    gelu = block.mlp.gelu
+    return PlainBlock(
+        norm_1=block.ln_1,
+        projections=((block.attn.in_proj_weight, block.attn.in_proj_bias),),
+        out=block.attn.out_proj,
+        norm_2=block.ln_2,
+        up=block.mlp.c_fc,
+        activation=quick_gelu_ if isinstance(gelu, QuickGELU) else gelu,
+        down=block.mlp.c_proj,
+        heads=block.attn.num_heads,
+    )
+
+
+def _resample_positions(
+    positions: Float[Tensor, "tokens d"], old: Sequence[int], new: Sequence[int]
+) -> Float[Tensor, "new_tokens d"]:
+    """Position embeddings for another grid, those of the class token kept.
+
+    Matches `resize_pos_embed` of open_clip's model.py; at the grid they have they are given back as they are.
+    """
+    if tuple(old) == tuple(new):
+        return positions
+    prefix, patches = positions[:1], positions[1:]
+    plane = rearrange(patches, "(h w) d -> 1 d h w", h=old[0], w=old[1])
+    resampled = interpolate(
+        plane.float(), size=tuple(new), mode="bicubic", antialias=True, align_corners=False
+    )
+    rows = rearrange(resampled, "1 d h w -> (h w) d").to(positions.dtype)
+    return torch.cat([prefix, rows])
+
+
+def _build_visual(architecture: Mapping[str, Any]) -> nn.Module:
+    """open_clip's image tower with random weights: those of the trunk come with the checkpoint's."""
+    vision_cfg = {**architecture["vision_cfg"], "timm_model_pretrained": False}
+    visual: nn.Module = _build_vision_tower(architecture["embed_dim"], vision_cfg, _quick_gelu(architecture))
+    return visual
 
 
 def _quick_gelu(architecture: Mapping[str, Any]) -> bool:
@@ -245,13 +408,25 @@ def _record(config: OpenClipConfig) -> dict[str, Any]:
     return dict((config.model and open_clip.get_pretrained_cfg(config.model, config.weights)) or {})
 
 
-def _preprocess(config: OpenClipConfig, architecture: Mapping[str, Any]) -> PreprocessConfig:
+def _image_size(visual: nn.Module, architecture: Mapping[str, Any]) -> int | tuple[int, int]:
+    """The size that a model's positions are for.
+
+    A ViT from timm has its own, whatever open_clip's config says: that of ViTamin-XL-384 says 256.
+    """
+    if isinstance(visual, TimmModel) and hasattr(visual.trunk, "patch_embed"):
+        height, width = getattr(visual.trunk.patch_embed, "img_size", None) or visual.image_size
+    else:
+        size = architecture["vision_cfg"].get("image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+    return height if height == width else (height, width)
+
+
+def _preprocess(config: OpenClipConfig, side: int | tuple[int, int]) -> PreprocessConfig:
     """Settings of the weights over open_clip's defaults, at the model's image size.
 
     Raises:
         ConfigError: `preprocess` of another size than the model's.
     """
-    side = architecture["vision_cfg"].get("image_size", 224)
     if config.preprocess is not None:
         if config.preprocess.image_size != side:
             raise ConfigError(

@@ -1,9 +1,11 @@
-"""Any model of timm with `forward_intermediates`."""
+"""Any model of timm with `forward_intermediates`, alone or as the trunk of an open_clip model."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from timm.data import resolve_model_data_config
-from torch import Tensor
+from timm.layers import Format
+from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import TimmConfig
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.tower_config import PreprocessConfig
-from vlm_vision.weights import load_strict, read_state_dict
+from vlm_vision.weights import load_strict, read_state_dict, without_init
 
 RANDOM = "none"
+Shape = tuple[int, int, int]
 
 
 def list_models() -> list[str]:
@@ -39,8 +43,10 @@ def build(config: TimmConfig, *, load_weights: bool = True) -> Backbone:
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
     from_tag = load_weights and config.weights is None
+    from_file = load_weights and config.weights not in (None, RANDOM)
     try:
-        model = timm.create_model(name, pretrained=from_tag, num_classes=0)
+        with without_init(from_file):
+            model = timm.create_model(name, pretrained=from_tag, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"timm:{name}: pretrained weights cannot be had ({first_line(error)}); "
@@ -48,7 +54,7 @@ def build(config: TimmConfig, *, load_weights: bool = True) -> Backbone:
         ) from error
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"timm model {name!r} has no forward_intermediates, so it gives no patch features")
-    if load_weights and config.weights not in (None, RANDOM):
+    if from_file:
         state = read_state_dict(Path(str(config.weights)))
         classifiers = tuple(f"{layer}." for layer in _classifier_names(model))
         own = {key: value for key, value in state.items() if not key.startswith(classifiers)}
@@ -56,30 +62,68 @@ def build(config: TimmConfig, *, load_weights: bool = True) -> Backbone:
     return TimmBackbone(model, config)
 
 
-class TimmBackbone(Backbone):
+class TrunkBackbone(Backbone):
     """Layers are timm's feature entries: blocks of a ViT, stages of the rest.
 
     Trunks whose entries all have one shape are blocks, so that -2 is their default as for every ViT.
     """
 
-    model: Any
+    def __init__(
+        self, origin: str, model: Any, trunk: Any, preprocess: PreprocessConfig, twin: Callable[[], Any]
+    ) -> None:
+        """Measure a model's facts on twins of it that take no memory.
 
-    def __init__(self, model: Any, config: TimmConfig) -> None:
+        `feature_info` only tells strides, and whether a stage of an odd size rounds up or down depends on its
+        padding.
+
+        Args:
+            origin: its name, in errors.
+            model: gives image embeddings.
+            trunk: the part of it, or itself, that is timm's model.
+            twin: builds the like of `model`, `trunk` within it, for pictures of the native size.
+
+        Raises:
+            ConfigError: the model does not take pictures of the size in `preprocess`.
+        """
         super().__init__()
-        self.model = model
-        self._config = config
-        takes_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
-        self._prefix_tokens = int(getattr(model, "num_prefix_tokens", 0)) if takes_prefix else 0
-        preprocess = config.preprocess or _preprocess(model)
-        shapes, embed_dim = _measure(str(config.model), preprocess.image_size)
+        self._origin, self._twin = origin, twin
+        takes_prefix = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
+        prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
+        _take_any_size(trunk)
+        twin_model, twin_trunk = self._build_twin()
+        size = (preprocess.height, preprocess.width)
+        try:
+            shapes = _shapes(twin_trunk, size)
+            with torch.no_grad():
+                embed_dim = twin_model(torch.empty(1, 3, *size, device="meta")).shape[-1]
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(f"{origin} does not take pictures of {size[0]}x{size[1]}: {error}") from error
         self.info = BackboneInfo(
             widths=tuple(width for width, _, _ in shapes),
             grids=tuple((rows, columns) for _, rows, columns in shapes),
-            prefix_tokens=self._prefix_tokens,
+            prefix_tokens=prefix_tokens,
             default_layer=-2 if len(set(shapes)) == 1 < len(shapes) else -1,
-            embed_dim=embed_dim,
+            embed_dim=int(embed_dim),
             preprocess=preprocess,
+            size_step=_size_step(twin_trunk, size, shapes),
         )
+
+    @property
+    @abstractmethod
+    def trunk(self) -> Any:
+        """timm's model."""
+
+    @staticmethod
+    @abstractmethod
+    def _trunk_of(model: Any) -> Any:
+        """timm's model within a twin."""
+
+    def _build_twin(self) -> tuple[Any, Any]:
+        with torch.device("meta"):
+            model = self._twin().eval()
+        trunk = self._trunk_of(model)
+        _take_any_size(trunk)
+        return model, trunk
 
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
@@ -89,52 +133,121 @@ class TimmBackbone(Backbone):
             "stop_early": True,
             "intermediates_only": True,
         }
-        if not self._prefix_tokens:
-            maps = self.model.forward_intermediates(pixels, output_fmt="NCHW", **common)
+        if not self.info.prefix_tokens:
+            maps = self.trunk.forward_intermediates(pixels, output_fmt="NCHW", **common)
             return [rearrange(features, "b d h w -> b (h w) d") for features in maps]
-        outputs = self.model.forward_intermediates(
+        outputs = self.trunk.forward_intermediates(
             pixels, output_fmt="NLC", return_prefix_tokens=True, **common
         )
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+    def truncate(self, layer: int) -> None:
+        self.trunk.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
+
+    def layer_modules(self) -> Sequence[nn.Module]:
+        held = dict(self.trunk.named_modules())
+        names = dict.fromkeys(entry["module"] for entry in self.trunk.feature_info)
+        return [held[name] for name in names if name in held and not isinstance(held[name], nn.Identity)]
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        try:
+            self.trunk.set_grad_checkpointing(enabled)
+        except (AssertionError, AttributeError) as error:
+            raise ConfigError(f"{self._origin} has no activation checkpointing") from error
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        preprocess = self.info.preprocess.at_size(image_size)
+        size = (preprocess.height, preprocess.width)
+        _, twin = self._build_twin()
+        try:
+            for trunk in (twin, self.trunk):  # the twin is what may fail
+                if hasattr(trunk, "set_input_size"):
+                    trunk.set_input_size(img_size=size)
+                shapes = _shapes(twin, size)
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"image_size {image_size}: {self._origin} does not take it: {first_line(error)}"
+            ) from error
+        grids = tuple((rows, columns) for _, rows, columns in shapes)
+        self.info = replace(self.info, grids=grids, preprocess=preprocess)
+
+
+class TimmBackbone(TrunkBackbone):
+    """A timm model; the pooled head is its own pooling, without the classifier."""
+
+    model: Any
+
+    def __init__(self, model: Any, config: TimmConfig) -> None:
+        preprocess = config.preprocess or _preprocess(model)
+        name = str(config.model)
+        super().__init__(
+            f"timm:{name}", model, model, preprocess, lambda: timm.create_model(name, num_classes=0)
+        )
+        self.model = model
+        self._portable = config.model_copy(update={"preprocess": preprocess})
+
+    @property
+    def trunk(self) -> Any:
+        return self.model
+
+    @staticmethod
+    def _trunk_of(model: Any) -> Any:
+        return model
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         pooled: Tensor = self.model(pixels)
         return pooled
 
-    def truncate(self, layer: int) -> None:
-        self.model.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
-
     def portable_config(self) -> TimmConfig:
-        return self._config.model_copy(update={"preprocess": self.info.preprocess})
+        return self._portable
 
 
-def _measure(name: str, side: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Channels, rows and columns after each layer, and the width of the pooled head.
+def _take_any_size(trunk: Any) -> None:
+    """Let a ViT with position embeddings resample them to the size of each call, as `dynamic_img_size` does.
 
-    Measured on a copy without memory: `feature_info` only tells strides, and whether a stage of an odd size
-    rounds up or down depends on its padding.
-
-    Raises:
-        ConfigError: the model does not take pictures of this size.
+    timm takes the flag when a model is built, and open_clip does not pass it on. Models of a size that is no
+    multiple of their patch (SO400M/14 at 384) drop the rest of the picture, at that one size only.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = timm.create_model(name, num_classes=0).eval()
-        picture = torch.empty(1, 3, side, side)
-        try:
-            maps = model.forward_intermediates(picture, output_fmt="NCHW", intermediates_only=True)
-            embed_dim = model(picture).shape[-1]
-        except (AssertionError, RuntimeError) as error:
-            raise ConfigError(f"timm:{name} does not take pictures of {side}x{side}: {error}") from error
-    return [tuple(features.shape[1:]) for features in maps], int(embed_dim)
+    embed = getattr(trunk, "patch_embed", None)
+    if not (
+        hasattr(trunk, "dynamic_img_size") and hasattr(trunk, "_pos_embed") and hasattr(embed, "flatten")
+    ):
+        return
+    whole = all(side % patch == 0 for side, patch in zip(embed.img_size, embed.patch_size, strict=True))
+    if embed.flatten and whole:
+        trunk.dynamic_img_size = True
+        embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
+
+
+@torch.no_grad()
+def _shapes(trunk: Any, size: tuple[int, int]) -> list[Shape]:
+    """Channels, rows and columns after each layer of a trunk without memory."""
+    picture = torch.empty(1, 3, *size, device="meta")
+    maps = trunk.forward_intermediates(picture, output_fmt="NCHW", intermediates_only=True)
+    return [(int(features.shape[1]), int(features.shape[2]), int(features.shape[3])) for features in maps]
+
+
+def _size_step(trunk: Any, size: tuple[int, int], shapes: Sequence[Shape]) -> int | None:
+    """The step of sizes that a trunk takes call by call, found by trying one beside the native."""
+    _, rows, columns = shapes[-1]
+    step = size[0] // rows
+    if size[0] % rows or size[1] != step * columns:
+        return None
+    other = (size[0] + step, size[1] + 2 * step)
+    expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
+    try:
+        return step if _shapes(trunk, other) == expected else None
+    except (AssertionError, RuntimeError):
+        return None
 
 
 def _preprocess(model: Any) -> PreprocessConfig:
     data = resolve_model_data_config(model)
-    side = int(data["input_size"][-1])
+    height, width = data["input_size"][-2:]
     return PreprocessConfig(
-        image_size=side,
+        image_size=height if height == width else (height, width),
         resize="squash" if data["crop_mode"] == "squash" else "shortest",
-        resize_to=int(side / data["crop_pct"]),
+        resize_to=int(height / data["crop_pct"]),
         interpolation=data["interpolation"],
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),

@@ -19,10 +19,13 @@ from transformers import (
     Dinov2Model,
     PretrainedConfig,
 )
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 from transformers.utils import cached_file, logging
 
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
+from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
 from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
 from vlm_vision.tower_config import PreprocessConfig
@@ -69,9 +72,11 @@ class _TransformersBackbone(Backbone):
     ) -> None:
         super().__init__()
         self._config, self._model_config = config, model_config
+        self._checkpointing = False
         layers, side = model_config.num_hidden_layers, model_config.image_size // model_config.patch_size
         if preprocess.image_size != model_config.image_size:
-            preprocess = self._at_native_size(preprocess, model_config.image_size)
+            # DINOv2 was trained at 518 and its processor crops 224.
+            preprocess = preprocess.at_size(model_config.image_size)
         self.info = BackboneInfo(
             widths=(model_config.hidden_size,) * layers,
             grids=((side, side),) * layers,
@@ -84,25 +89,26 @@ class _TransformersBackbone(Backbone):
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        outputs = []
-        hidden = self.embeddings(pixels)
-        for number, block in enumerate(self.blocks[: layers[-1]], start=1):
-            hidden = _run_block(block, hidden)
-            if number in layers:
-                outputs.append(hidden)
-        return outputs
+        return run_blocks(
+            self.blocks,
+            self.embeddings(pixels),
+            layers,
+            run=_run_block,
+            plain=_plain_block,
+            checkpointing=self._checkpointing,
+        )
+
+    def layer_modules(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        self._checkpointing = enabled
 
     def portable_config(self) -> TransformersConfig:
         architecture = self._model_config.to_dict()
         return self._config.model_copy(
             update={"architecture": architecture, "preprocess": self.info.preprocess}
         )
-
-    @staticmethod
-    def _at_native_size(preprocess: PreprocessConfig, image_size: int) -> PreprocessConfig:
-        """DINOv2 was trained at 518 and its processor crops 224: scale its margin with the size."""
-        resize_to = preprocess.resize_to and round(preprocess.resize_to * image_size / preprocess.image_size)
-        return preprocess.model_copy(update={"image_size": image_size, "resize_to": resize_to})
 
 
 class ClipBackbone(_TransformersBackbone):
@@ -150,6 +156,26 @@ def _run_block(block: nn.Module, hidden: Tensor) -> Tensor:
     output = block(hidden, *[None] * len(masks))
     following: Tensor = output[0] if isinstance(output, tuple) else output
     return following
+
+
+def _plain_block(block: Any) -> PlainBlock | None:
+    """The parts of a block of CLIP's kind, without adapters and attention of another kind."""
+    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
+    if type(attention) is not CLIPAttention or type(mlp) is not CLIPMLP:
+        return None
+    linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
+    if not all(type(layer) is nn.Linear for layer in linear) or (block.training and attention.dropout):
+        return None
+    return PlainBlock(
+        norm_1=block.layer_norm1,
+        projections=tuple((layer.weight, layer.bias) for layer in linear[:3]),
+        out=attention.out_proj,
+        norm_2=block.layer_norm2,
+        up=mlp.fc1,
+        activation=quick_gelu_ if isinstance(mlp.activation_fn, QuickGELUActivation) else mlp.activation_fn,
+        down=mlp.fc2,
+        heads=attention.num_heads,
+    )
 
 
 def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:

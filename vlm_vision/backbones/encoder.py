@@ -1,0 +1,108 @@
+"""Running the blocks of a ViT: through their own modules, or without overhead when nothing learns.
+
+A plain pre-norm block needs six matrix products and one attention; everything else is passes over memory.
+Where no gradient is wanted, residuals are added in place and the wide MLP runs in slices of tokens that stay
+in the processor's cache, so that neither every layer's output nor a whole batch's MLP activations are ever
+in memory. The arithmetic is the modules' own, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from vlm_vision.compat import is_autocasting, is_compiling
+
+# Tokens in a slice of the MLP. On a CPU, one picture of CLIP ViT-L/14-336, whose 577 x 4096 floats fit in
+# cache; elsewhere enough to fill the device.
+MLP_SLICE_CPU, MLP_SLICE_DEVICE = 577, 8192
+
+
+@dataclass(frozen=True)
+class PlainBlock:
+    """The parts of a pre-norm block without anything beside them.
+
+    Attributes:
+        projections: q, k and v as (weight, bias), or the three fused as one.
+        activation: maps [tokens, width] to the same; may work in place.
+    """
+
+    norm_1: nn.LayerNorm
+    projections: tuple[tuple[Tensor, Tensor | None], ...]
+    out: nn.Linear
+    norm_2: nn.LayerNorm
+    up: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    down: nn.Linear
+    heads: int
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    tokens: Float[Tensor, "b n d"],
+    layers: Sequence[int],
+    *,
+    run: Callable[[nn.Module, Tensor], Tensor],
+    plain: Callable[[nn.Module], PlainBlock | None],
+    checkpointing: bool = False,
+) -> list[Float[Tensor, "b n d"]]:
+    """Outputs of the given layers (ascending, from 1); none past the last is run.
+
+    Args:
+        run: a block's own forward, from tokens to tokens.
+        plain: the parts of a block that is plain, else None.
+        checkpointing: keep only what enters a block, and run it again in the backward pass.
+    """
+    learns = torch.is_grad_enabled() and (
+        tokens.requires_grad or any(p.requires_grad for block in blocks for p in block.parameters())
+    )
+    lean = not (learns or is_autocasting(tokens.device.type) or is_compiling())
+    outputs, owned = [], False  # whether `tokens` is no one else's, so may be changed in place
+    for number, block in enumerate(blocks[: layers[-1]], start=1):
+        parts = plain(block) if lean and _is_bare(block) else None
+        if parts is not None:
+            tokens = tokens if owned else tokens.clone()
+            _run_plain(parts, tokens)
+        elif checkpointing and learns:
+            tokens = checkpoint(run, block, tokens, use_reentrant=False)
+        else:
+            tokens = run(block, tokens)
+        owned = parts is not None
+        if number in layers:
+            outputs.append(tokens)
+            owned = False
+    return outputs
+
+
+def quick_gelu_(values: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), in place."""
+    return values.mul_(torch.sigmoid(1.702 * values))
+
+
+def _is_bare(block: nn.Module) -> bool:
+    """Whether nothing is hooked to a block: ZeRO-3, offloading and users' hooks live in modules' calls."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in block.modules()
+    )
+
+
+def _run_plain(block: PlainBlock, tokens: Float[Tensor, "b n d"]) -> None:
+    """Run a block in place."""
+    normed = block.norm_1(tokens)
+    projected = [functional.linear(normed, weight, bias) for weight, bias in block.projections]
+    if len(projected) == 1:
+        projected = list(projected[0].chunk(3, dim=-1))
+    q, k, v = (rearrange(part, "b n (heads d) -> b heads n d", heads=block.heads) for part in projected)
+    attended = functional.scaled_dot_product_attention(q, k, v)
+    tokens.add_(block.out(rearrange(attended, "b heads n d -> b n (heads d)")))
+    size = MLP_SLICE_CPU if tokens.device.type == "cpu" else MLP_SLICE_DEVICE
+    for part in tokens.flatten(0, 1).split(size):
+        part.add_(block.down(block.activation(block.up(block.norm_2(part)))))
