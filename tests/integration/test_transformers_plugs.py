@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import RESNET, TOWER, tiny_tokenizer, tiny_tower
 from torch import Tensor
 
 from vlm_vision import VisionTower, load_tower
+from vlm_vision.backbone import Backbone
 from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 
 try:
@@ -79,7 +81,9 @@ TRANSFORMERS = {
 }
 TIMM = {"backbone": "timm:test_vit4@none"}  # one class token and one register
 PATCHES_ONLY = {"backbone": "timm:test_vit_relpos@none"}  # no class token, and buffers that are not saved
+FUSED = {"backbone": {"name": "fused", "parts": [TOWER["backbone"], TRANSFORMERS["backbone"]]}}
 KINDS = {
+    "fused": FUSED,
     "open_clip ViT": TOWER,
     "transformers CLIP": TRANSFORMERS,
     "open_clip ResNet": RESNET,
@@ -151,6 +155,29 @@ def test_hidden_states_are_those_of_transformers_own_clip(clip_folder: Path) -> 
     chosen = model(pixels, output_hidden_states=[-2, 1]).hidden_states
     assert [state is not None for state in chosen] == [False, True, True, False]
     assert torch.equal(chosen[-2], theirs.hidden_states[-2])
+
+
+@torch.no_grad()
+def test_pictures_of_other_sizes_are_taken_when_asked() -> None:
+    tower = make(TOWER)
+    pixels = torch.randn(2, 3, 48, 24)
+    expected = tower(pixels, interpolate=True)
+    model = VlmVisionModel.from_tower(tower)
+    ours = model(pixels, output_hidden_states=-2, interpolate_pos_encoding=True).hidden_states[-2]
+    assert torch.equal(ours[:, 1:], expected)
+    maps = VlmVisionBackbone.from_tower(tower)(pixels, interpolate_pos_encoding=True).feature_maps[0]
+    assert torch.equal(maps, rearrange(expected, "b (h w) c -> b c h w", h=6))
+
+
+@torch.no_grad()
+def test_a_tower_of_pictures_that_are_not_square(tmp_path: Path) -> None:
+    tower = make(TOWER, image_size=(48, 24))
+    model = VlmVisionModel.from_tower(tower)
+    assert (model.config.image_size, model.config.patch_size) == ([48, 24], 8)
+    model.save_pretrained(tmp_path)
+    assert VlmVisionImageProcessor.from_tower(tower).crop_size == {"height": 48, "width": 24}
+    pixels = torch.randn(1, 3, 48, 24)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path).tower(pixels), tower(pixels))
 
 
 @torch.no_grad()
@@ -248,9 +275,12 @@ def test_llava_trains_saves_and_reloads_bit_equal(kind: str, checkpointing: bool
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_recomputes_and_changes_no_gradient(kind: str) -> None:
-    tower = make(KINDS[kind]).train()
+@pytest.mark.parametrize("kind", [*KINDS, "whole"])
+def test_checkpointing_recomputes_and_changes_no_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = make(KINDS.get(kind, TOWER)).train()
+    if kind == "whole":  # a backbone that does not offer it runs again as a whole
+        own = Backbone.checkpoint_activations
+        monkeypatch.setattr(type(tower.backbone), "checkpoint_activations", own)
     model = VlmVisionModel.from_tower(tower)
     pixels = torch.randn(2, 3, tower.image_size, tower.image_size)
     runs: list[int] = []
@@ -396,6 +426,9 @@ def test_a_config_is_complete_without_weights_or_a_network(tmp_path: Path) -> No
     facts = (config.hidden_size, config.image_size, config.patch_size, config.num_hidden_layers)
     assert facts == (1024, 336, 14, 24)
     assert config.num_held_layers == 23
+    assert config.tower["backbone"]["weights"] is None  # they are the checkpoint's
+    fused = VlmVisionConfig.from_tower(FUSED).tower["backbone"]["parts"]
+    assert [part["backbone"]["weights"] for part in fused] == [None, None]
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(again, VlmVisionConfig)
@@ -441,8 +474,8 @@ def test_a_call_that_the_tower_cannot_serve_is_refused() -> None:
     for wrong in (torch.randn(1, 3, 40, 40), pixels[0], pixels[:, :1]):
         with pytest.raises(ConfigError, match=r"this tower takes \[B, 3, 32, 32\]"):
             model(wrong)
-    with pytest.raises(ConfigError, match="pictures of one size"):
-        model(pixels, interpolate_pos_encoding=True)
+    with pytest.raises(ConfigError, match="must be multiples of 8 pixels"):
+        model(torch.randn(1, 3, 40, 44), interpolate_pos_encoding=True)
 
 
 def test_outputs_are_those_of_a_model_of_transformers() -> None:

@@ -13,6 +13,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,8 +67,10 @@ class TowerEncoder(BaseVisionTower):  # type: ignore[misc]
         self._overrides = {"layer": self.select_layer, "select": self.select_feature}
         facts = describe_tower(source, **self._overrides)
         self._grid = facts.grid
-        self._hidden_size, self._image_size = facts.hidden_size, facts.image_size
-        self._patch_size, self._num_patches = facts.patch_size, facts.num_patches
+        self._num_patches = facts.num_patches
+        self._config = SimpleNamespace(
+            hidden_size=facts.hidden_size, image_size=facts.image_size, patch_size=facts.patch_size
+        )
         if length and (self.select_feature != "patch" or self.num_patches_per_side**2 != self._interp_size):
             raise ConfigError(
                 f"{vision_tower_name}: {self.select_feature!r} cannot be resized to {length[0]} tokens; take "
@@ -75,6 +78,11 @@ class TowerEncoder(BaseVisionTower):  # type: ignore[misc]
             )
         if not delay_load or self.unfreeze_mm_vision_tower:
             self.load_model()
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """The facts that Cambrian reads: `hidden_size`, `image_size`, `patch_size`."""
+        return self._config
 
     def load_model(self, device_map: Any = None) -> None:
         """Read the weights; nothing happens when they are there.

@@ -14,20 +14,21 @@ class ClipProcessor:
 
     Attributes:
         image_mean, image_std: per channel, on the 0..1 scale.
-        size: `{"shortest_edge": side}`, the side of the square that comes out.
-        crop_size: `{"height": side, "width": side}`.
+        size: `{"shortest_edge": side}`, the shorter side of what comes out.
+        crop_size: `{"height": rows, "width": columns}`, in pixels.
     """
 
     def __init__(self, processor: ImageProcessor) -> None:
-        side = processor.config.image_size
+        config = processor.config
         self._processor = processor
-        self.image_mean, self.image_std = list(processor.config.mean), list(processor.config.std)
-        self.size, self.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+        self.image_mean, self.image_std = list(config.mean), list(config.std)
+        self.size = {"shortest_edge": min(config.height, config.width)}
+        self.crop_size = {"height": config.height, "width": config.width}
 
     def preprocess(
         self, images: Picture | Sequence[Picture], return_tensors: str | None = None
     ) -> BatchFeature:
-        """Pictures to `pixel_values`, [B,3,side,side] with `return_tensors="pt"`, else a list of arrays.
+        """Pictures to `pixel_values`, [B,3,H,W] with `return_tensors="pt"`, else a list of arrays.
 
         Raises:
             DataError: a picture cannot be read, or there is none.

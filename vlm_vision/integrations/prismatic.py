@@ -76,7 +76,8 @@ class TowerBackbone(VisionBackbone):  # type: ignore[misc]
 
     @property
     def default_image_resolution(self) -> tuple[int, int, int]:
-        return (3, self.default_image_size, self.default_image_size)
+        settings = self.featurizer.image_processor.config
+        return (3, settings.height, settings.width)
 
     @property
     def embed_dim(self) -> int:

@@ -14,6 +14,7 @@ Importing this module registers everything with `AutoConfig`, `AutoModel`, `Auto
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from vlm_vision.backbone import Backbone
+from vlm_vision.compat import attention_kernel
 from vlm_vision.config import validate
 from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from vlm_vision.features import resolve_layers, select_tokens
@@ -65,7 +68,7 @@ class VlmVisionConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[mi
         tower: fields of `TowerConfig` that build it without any hub or file. Without weights and dtype: the
             checkpoint holds the weights, and `dtype` is a field of every config of transformers.
         hidden_size: channels of one layer, the deepest that the tower selects.
-        image_size, patch_size: in pixels.
+        image_size, patch_size: in pixels; [rows, columns] for pictures that are not square.
         num_hidden_layers: of the whole backbone, so that -2 means the same layer as in the tower.
         num_held_layers: those after it were freed; features past it cannot be asked for.
         has_class_token: whether token 0 is one; if not, strategy "default" would drop a patch.
@@ -78,7 +81,7 @@ class VlmVisionConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[mi
 
     tower: dict[str, Any] | None = None
     hidden_size: int | None = None
-    image_size: int | None = None
+    image_size: int | list[int] | None = None
     patch_size: int | None = None
     num_channels: int = 3
     num_hidden_layers: int = 0
@@ -204,13 +207,16 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, enable: bool) -> None:
-        blocks = False
-        for module in self.tower.modules():
-            if callable(switch := getattr(module, "set_grad_checkpointing", None)):  # open_clip, timm
-                switch(enable)
-            blocks |= hasattr(module, "gradient_checkpointing")  # transformers, which switches them itself
-        blocks |= any(getattr(module, "grad_checkpointing", False) for module in self.tower.modules())
-        self._recompute, self._recompute_whole = enable, enable and not blocks
+        self._recompute, self._recompute_whole = enable, False
+        for backbone in self.tower.modules():
+            if not isinstance(backbone, Backbone):
+                continue
+            if any(hasattr(module, "gradient_checkpointing") for module in backbone.modules()):
+                continue  # blocks of transformers, which it switches itself
+            try:
+                backbone.checkpoint_activations(enable)
+            except ConfigError:  # not offered block by block
+                self._recompute_whole = enable
 
     def _layers(self, layers: int | Sequence[int]) -> tuple[int, ...]:
         """Layers as 1-based numbers.
@@ -227,29 +233,28 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             )
         return resolved
 
-    def _run(self, pixels: Tensor, layers: Sequence[int]) -> list[Float[Tensor, "b n d"]]:
+    def _run(self, pixels: Tensor, layers: Sequence[int], interpolate: bool) -> list[Float[Tensor, "b n d"]]:
         """Class token, where there is one, and patches after the given layers, which ascend.
 
         Raises:
-            ConfigError: pixels of another size than the tower's.
+            ConfigError: pixels of a size that the tower does not take.
         """
-        tower, side = self.tower, self.tower.image_size
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, side, side):
-            raise ConfigError(
-                f"pixels of shape {list(pixels.shape)}: this tower takes [B, 3, {side}, {side}]; "
-                "AutoImageProcessor makes them from pictures of any size"
-            )
+        tower = self.tower
+        batch = tower._checked(pixels, interpolate)
         run: Callable[..., list[Tensor]] = tower.backbone.forward_layers
-        batch = pixels.to(device=tower.device, dtype=tower.dtype)
         if self._recompute_whole and self.training:
-            outputs = self._gradient_checkpointing_func(run, batch, layers)
-        else:
+            run = partial(self._gradient_checkpointing_func, run)
+        with attention_kernel(tower.config.attention):
             outputs = run(batch, layers)
         select: Select = "cls_patch" if self.config.has_class_token else "patch"
         return [select_tokens(output, select, tower.backbone.info.prefix_tokens) for output in outputs]
 
     def _hidden_states(
-        self, pixels: Tensor, asked: bool | int | Sequence[int] | None, also: Sequence[int]
+        self,
+        pixels: Tensor,
+        asked: bool | int | Sequence[int] | None,
+        also: Sequence[int],
+        interpolate: bool,
     ) -> tuple[tuple[Tensor | None, ...] | None, dict[int, Tensor]]:
         """`hidden_states` with None at what was not asked for, and the output of the layers in `also`."""
         if asked is None:
@@ -259,7 +264,7 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         else:
             wanted = self._layers(asked)
         layers = sorted({*wanted, *also})
-        outputs = dict(zip(layers, self._run(pixels, layers), strict=True))
+        outputs = dict(zip(layers, self._run(pixels, layers, interpolate), strict=True))
         if not wanted:
             return None, outputs
         numbers = range(self.config.num_hidden_layers + 1)
@@ -289,6 +294,7 @@ class VlmVisionModel(VlmVisionPreTrainedModel):
         Args:
             output_hidden_states: True for all held layers, or which: counted from the embeddings (0, not
                 offered) or from the end (-1).
+            interpolate_pos_encoding: take pictures of other sizes too, as the tower's `interpolate`.
 
         Returns:
             `hidden_states`: [B,1+N,D] a layer, [B,N,D] without class token; None for layers not asked for.
@@ -297,16 +303,16 @@ class VlmVisionModel(VlmVisionPreTrainedModel):
             asked for by number, since it takes a second run; else None.
 
         Raises:
-            ConfigError: a layer that is out of range or not held; pixels of another size.
+            ConfigError: a layer that is out of range or not held; pixels of a size that it does not take.
         """
-        if interpolate_pos_encoding:
-            raise ConfigError("interpolate_pos_encoding: this tower takes pictures of one size")
-        deepest = self.config.num_held_layers
-        hidden_states, outputs = self._hidden_states(pixel_values, output_hidden_states, [deepest])
-        pools = self.tower.config.pooled_head and isinstance(output_hidden_states, (bool, type(None)))
+        deepest, interpolate = self.config.num_held_layers, interpolate_pos_encoding
+        hidden_states, outputs = self._hidden_states(
+            pixel_values, output_hidden_states, [deepest], interpolate
+        )
+        pools = self.tower.config.keeps_head and isinstance(output_hidden_states, (bool, type(None)))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs[deepest],
-            pooler_output=self.tower.pooled(pixel_values) if pools else None,
+            pooler_output=self.tower.pooled(pixel_values, interpolate=interpolate) if pools else None,
             hidden_states=hidden_states,
         )
 
@@ -336,19 +342,23 @@ class VlmVisionBackbone(BackboneMixin, VlmVisionPreTrainedModel):  # type: ignor
         self,
         pixel_values: Float[Tensor, "b 3 h w"],
         output_hidden_states: bool | int | Sequence[int] | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> BackboneOutput:
-        """Patches after the stages in `out_features`, each [B,C,H,W].
+        """Patches after the stages in `out_features`, each [B,C,H,W]; arguments as of `VlmVisionModel`.
 
         Raises:
-            ConfigError: a layer that is out of range or not held; pixels of another size.
+            ConfigError: a layer that is out of range or not held; pixels of a size that it does not take.
         """
         stages = self._layers(self.out_indices)
-        hidden_states, outputs = self._hidden_states(pixel_values, output_hidden_states, stages)
-        prefix, grids = int(self.config.has_class_token), self.tower.backbone.info.grids
+        hidden_states, outputs = self._hidden_states(
+            pixel_values, output_hidden_states, stages, interpolate_pos_encoding
+        )
+        info, height = self.tower.backbone.info, pixel_values.shape[2]
+        rows = (info.grids[stage - 1][0] * height // info.preprocess.height for stage in stages)
         maps = tuple(
-            rearrange(outputs[stage][:, prefix:], "b (h w) c -> b c h w", h=grids[stage - 1][0])
-            for stage in stages
+            rearrange(outputs[stage][:, int(self.config.has_class_token) :], "b (h w) c -> b c h w", h=count)
+            for stage, count in zip(stages, rows, strict=True)
         )
         return BackboneOutput(feature_maps=maps, hidden_states=hidden_states)
 
@@ -378,11 +388,11 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             )
         self._own = ImageProcessor(validate(PreprocessConfig, vlm_vision, "image processor"))
         config = self._own.config
-        square = {"height": config.image_size, "width": config.image_size}
+        size = {"height": config.height, "width": config.width}
         self._settings = {
             "vlm_vision": config.model_dump(mode="json"),
-            "size": square,
-            "crop_size": square,
+            "size": size,
+            "crop_size": size,
             "image_mean": list(config.mean),
             "image_std": list(config.std),
         }
@@ -442,9 +452,15 @@ def _picture(image: Any) -> Any:
 
 def _portable(tower: VisionTower) -> dict[str, Any]:
     """Fields of `TowerConfig` that build this tower anywhere, but for its weights and dtype."""
-    backbone = tower.backbone.portable_config().model_copy(update={"weights": None})
-    portable = tower.config.model_copy(update={"backbone": backbone})
-    return portable.model_dump(mode="json", exclude={"dtype"})
+    portable = tower.config.model_copy(update={"backbone": tower.backbone.portable_config()})
+    fields: dict[str, Any] = _without_weights(portable.model_dump(mode="json", exclude={"dtype"}))
+    return fields
+
+
+def _without_weights(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: None if key == "weights" else _without_weights(value) for key, value in node.items()}
+    return [_without_weights(item) for item in node] if isinstance(node, list) else node
 
 
 def _facts(tower: VisionTower) -> dict[str, Any]:
@@ -452,10 +468,10 @@ def _facts(tower: VisionTower) -> dict[str, Any]:
     info, deepest = tower.backbone.info, max(tower.layers)
     return {
         "hidden_size": info.widths[deepest - 1],
-        "image_size": tower.image_size,
+        "image_size": tower.image_size if isinstance(tower.image_size, int) else list(tower.image_size),
         "patch_size": tower.patch_size,
         "num_hidden_layers": info.num_layers,
-        "num_held_layers": info.num_layers if tower.config.pooled_head else deepest,
+        "num_held_layers": info.num_layers if tower.config.keeps_head else deepest,
         "has_class_token": info.prefix_tokens > 0,
     }
 
