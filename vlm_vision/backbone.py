@@ -28,6 +28,7 @@ class BackboneInfo:
         size_step: sides of pictures that are multiples of it can be taken, with position embeddings resampled
             where there are any; None where only the native size can.
         any_size: whether other sizes are what the weights were trained for (NaFlex), so need no asking.
+        assumptions: what was taken for granted because the library does not say it, a sentence each.
     """
 
     widths: tuple[int, ...]
@@ -38,6 +39,7 @@ class BackboneInfo:
     preprocess: PreprocessConfig
     size_step: int | None = None
     any_size: bool = False
+    assumptions: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -64,6 +64,8 @@ def _show_tower(source: str) -> None:
     }
     for name, value in facts.items():
         print(f"{name:14} {value}")
+    for assumption in info.assumptions:
+        print(f"{'assumed':14} {assumption}")
 
 
 def features(arguments: argparse.Namespace) -> None:

@@ -280,6 +280,7 @@ def test_timms_siglip_trunks_are_as_their_table_says() -> None:
 # Files of every layout behind both sources ------------------------------------------------------------------
 
 PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 36},
     "crop_size": {"height": 32, "width": 32},
     "resample": 2,

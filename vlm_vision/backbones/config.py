@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import PositiveInt, model_validator
@@ -10,66 +11,98 @@ from vlm_vision.config import Config
 from vlm_vision.registry import Variant
 from vlm_vision.tower_config import BACKBONES, BackboneConfig, PreprocessConfig
 
-_CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-_CLIP_BASE = {
-    **_CLIP,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "projection_dim": 512,
-}
-_CLIP_LARGE = {
-    **_CLIP,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
-_DINOV2 = {
-    "model_type": "dinov2",
-    "image_size": 518,
-    "patch_size": 14,
-    "mlp_ratio": 4,
-    "layer_norm_eps": 1e-6,
-}
+# What the hub's config.json of these models says, where the library's defaults do not, so that they are
+# described and planned without a network. Weights are always built by the config.json beside them.
+_WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_BASE = dict(zip(_WIDTHS, (768, 3072, 12, 12), strict=True))
+_LARGE = dict(zip(_WIDTHS, (1024, 4096, 24, 16), strict=True))
+_SO400M = dict(zip(_WIDTHS, (1152, 4304, 27, 16), strict=True))
+_GIANT_OPT = dict(zip(_WIDTHS, (1536, 6144, 40, 16), strict=True))
+_HUGE = dict(zip(_WIDTHS, (1280, 5120, 32, 16), strict=True))
 
-# What the hub's config.json of these models says, so that they are described and planned without a network.
-# Weights are always built by the config.json beside them.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-base-patch32": {**_CLIP_BASE, "patch_size": 32},
-    "openai/clip-vit-base-patch16": {**_CLIP_BASE, "patch_size": 16},
-    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
-    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
-    "facebook/dinov2-small": {
-        **_DINOV2,
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-    },
-    "facebook/dinov2-base": {
-        **_DINOV2,
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "facebook/dinov2-large": {
-        **_DINOV2,
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    },
-    "facebook/dinov2-giant": {
-        **_DINOV2,
-        "hidden_size": 1536,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 24,
-        "use_swiglu_ffn": True,
-    },
-}
+
+def _row(
+    model_type: str, size: Mapping[str, int], image_size: int, patch_size: int, **more: Any
+) -> dict[str, Any]:
+    return {"model_type": model_type, **size, "image_size": image_size, "patch_size": patch_size, **more}
+
+
+def _published() -> dict[str, dict[str, Any]]:
+    """Architectures by hub id."""
+    models: dict[str, dict[str, Any]] = {}
+    for name, size, patch, image, projection in (
+        ("base-patch32", _BASE, 32, 224, 512),
+        ("base-patch16", _BASE, 16, 224, 512),
+        ("large-patch14", _LARGE, 14, 224, 768),
+        ("large-patch14-336", _LARGE, 14, 336, 768),
+    ):
+        more = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": projection}
+        models[f"openai/clip-vit-{name}"] = _row("clip_vision_model", size, image, patch, **more)
+    for name, size, patch, images in (
+        ("siglip-base", _BASE, 16, (224, 256, 384, 512)),
+        ("siglip-large", _LARGE, 16, (256, 384)),
+        ("siglip-so400m", _SO400M, 14, (224, 384)),
+        ("siglip2-base", _BASE, 32, (256,)),
+        ("siglip2-base", _BASE, 16, (224, 256, 384, 512)),
+        ("siglip2-large", _LARGE, 16, (256, 384, 512)),
+        ("siglip2-so400m", _SO400M, 14, (224, 384)),
+        ("siglip2-so400m", _SO400M, 16, (256, 384, 512)),
+        ("siglip2-giant-opt", _GIANT_OPT, 16, (256, 384)),
+    ):
+        for image in images:
+            models[f"google/{name}-patch{patch}-{image}"] = _row("siglip_vision_model", size, image, patch)
+    for name, size in (("base", _BASE), ("so400m", _SO400M)):
+        naflex = {"model_type": "siglip2_vision_model", **size, "patch_size": 16, "num_patches": 256}
+        models[f"google/siglip2-{name}-patch16-naflex"] = naflex
+    for name, width, layers, heads in (
+        ("small", 384, 12, 6),
+        ("base", 768, 12, 12),
+        ("large", 1024, 24, 16),
+        ("giant", 1536, 40, 24),
+    ):
+        size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        more = {"use_swiglu_ffn": name == "giant", "layer_norm_eps": 1e-6}
+        models[f"facebook/dinov2-{name}"] = _row("dinov2", size, 518, 14, **more)
+        models[f"facebook/dinov2-with-registers-{name}"] = _row(
+            "dinov2_with_registers", size, 518, 14, num_register_tokens=4, **more
+        )
+    gated = {"use_gated_mlp": True, "hidden_act": "silu"}
+    for name, widths, more in (
+        ("s16", (384, 1536, 12, 6), {}),
+        ("s16plus", (384, 1536, 12, 6), gated),
+        ("b16", (768, 3072, 12, 12), {}),
+        ("l16", (1024, 4096, 24, 16), {}),
+        ("h16plus", (1280, 5120, 32, 20), gated),
+        ("7b16", (4096, 8192, 40, 32), {**gated, "query_bias": False, "value_bias": False}),
+    ):
+        size = dict(zip(_WIDTHS, widths, strict=True))
+        models[f"facebook/dinov3-vit{name}-pretrain-lvd1689m"] = _row(
+            "dinov3_vit", size, 224, 16, num_register_tokens=4, **more
+        )
+    for name, width, layers in (("tiny", 96, 9), ("small", 96, 27), ("base", 128, 27), ("large", 192, 27)):
+        models[f"facebook/dinov3-convnext-{name}-pretrain-lvd1689m"] = {
+            "model_type": "dinov3_convnext",
+            "hidden_sizes": [width, width * 2, width * 4, width * 8],
+            "depths": [3, 3, layers, 3],
+            "image_size": 224,
+        }
+    for name, widths in (
+        ("large", (1024, 2816, 24, 8)),
+        ("huge", (1536, 4096, 24, 12)),
+        ("1B", (2048, 5632, 24, 16)),
+        ("3B", (3072, 8192, 24, 24)),
+    ):
+        size = dict(zip(_WIDTHS, widths, strict=True))
+        for image in (224, 336, 448):
+            models[f"apple/aimv2-{name}-patch14-{image}"] = _row(
+                "aimv2_vision_model", size, image, 14, use_head=False
+            )
+    for name, size, patch in (("base", _BASE, 16), ("large", _LARGE, 16), ("huge", _HUGE, 14)):
+        models[f"facebook/vit-mae-{name}"] = _row("vit_mae", size, 224, patch)
+    return models
+
+
+PUBLISHED = _published()
 
 if TYPE_CHECKING:
     from vlm_vision.backbone import Backbone
@@ -120,7 +153,9 @@ class TransformersConfig(BackboneConfig):
     """A vision model of transformers: `transformers:openai/clip-vit-large-patch14-336`, or a local folder.
 
     Attributes:
-        model: hub id or folder, of CLIP (the whole model or its vision part) or DINOv2.
+        model: hub id or folder, of a whole model or its vision part: CLIP, SigLIP, SigLIP2 (fixed, NaFlex),
+            DINOv2 (with registers), DINOv3 (ViT, ConvNeXt), AIMv2, ViT-MAE; or any other that AutoModel loads
+            and that gives hidden states of pictures, with `assumptions` in the tower's facts.
         architecture: instead of `model`, the content of its vision `config.json`.
         weights: None takes those of `model`; another hub id or folder; `none` for random.
         preprocess: None takes what the weights' `preprocessor_config.json` says.

@@ -32,6 +32,7 @@ class PlainBlock:
     Attributes:
         projections: q, k and v as (weight, bias), or the three fused as one.
         activation: maps [tokens, width] to the same; may work in place.
+        scales: factors per channel of what attention and MLP add (layer scale), where there are any.
     """
 
     norm_1: nn.LayerNorm
@@ -42,6 +43,7 @@ class PlainBlock:
     activation: Callable[[Tensor], Tensor]
     down: nn.Linear
     heads: int
+    scales: tuple[Tensor, Tensor] | None = None
 
 
 def run_blocks(
@@ -68,7 +70,8 @@ def run_blocks(
     for number, block in enumerate(blocks[: layers[-1]], start=1):
         parts = plain(block) if lean and _is_bare(block) else None
         if parts is not None:
-            tokens = tokens if owned else tokens.clone()
+            # Contiguous, as the MLP's slices must be views: maps of a convolution may be channels first.
+            tokens = tokens if owned else tokens.clone(memory_format=torch.contiguous_format)
             _run_plain(parts, tokens)
         elif checkpointing and learns:
             tokens = checkpoint(run, block, tokens, use_reentrant=False)
@@ -102,7 +105,9 @@ def _run_plain(block: PlainBlock, tokens: Float[Tensor, "b n d"]) -> None:
         projected = list(projected[0].chunk(3, dim=-1))
     q, k, v = (rearrange(part, "b n (heads d) -> b heads n d", heads=block.heads) for part in projected)
     attended = functional.scaled_dot_product_attention(q, k, v)
-    tokens.add_(block.out(rearrange(attended, "b heads n d -> b n (heads d)")))
+    update = block.out(rearrange(attended, "b heads n d -> b n (heads d)"))
+    tokens.add_(update if block.scales is None else update.mul_(block.scales[0]))
     size = MLP_SLICE_CPU if tokens.device.type == "cpu" else MLP_SLICE_DEVICE
     for part in tokens.flatten(0, 1).split(size):
-        part.add_(block.down(block.activation(block.up(block.norm_2(part)))))
+        update = block.down(block.activation(block.up(block.norm_2(part))))
+        part.add_(update if block.scales is None else update.mul_(block.scales[1]))

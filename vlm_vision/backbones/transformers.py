@@ -1,31 +1,24 @@
-"""Vision models of transformers: CLIP's vision part and DINOv2, under transformers 4.37 and today's alike."""
+"""Vision models of transformers, under 4.37 and today's alike: known families, and the rest by a wrapper."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    PretrainedConfig,
-)
-from transformers.activations import QuickGELUActivation
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbone import Backbone
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
-from vlm_vision.compat import clip_vision_trunk, config_fields, encoder_blocks, run_block
+from vlm_vision.backbones.transformers_any import GENERIC_PREPROCESS, HEADS, GenericBackbone
+from vlm_vision.backbones.transformers_vit import FAMILIES, VISION_PART, patch_size
+from vlm_vision.compat import clip_vision_trunk
 from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
 from vlm_vision.layouts import read_converted
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
@@ -33,191 +26,146 @@ from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import find_weights_file, load_strict, without_init
 
 RANDOM = "none"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Tensors of a whole CLIP checkpoint that are no part of its vision model.
-_TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+DEFAULT_SIZE = 224
+POOLER = "pooler."
 
 
 def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
-    """A CLIP or DINOv2 vision model.
+    """The vision part of a model.
 
     Raises:
-        ConfigError: the model's config cannot be had, or is of another family.
+        ConfigError: the model's config cannot be had, this transformers does not have it, or it is no model
+            of pictures.
         WeightsError: missing, unexpected or misshapen tensors.
     """
     random = config.weights == RANDOM or not load_weights
-    model_config = _model_config(config, random)
     weights = None if random else (config.weights or config.model)
     if weights is None and not random:
         raise WeightsError(
             f"an `architecture` alone has no weights; name a folder or hub id, or {RANDOM!r} for random ones"
         )
-    preprocess = config.preprocess or _preprocess(config, weights, model_config)
-    if isinstance(model_config, CLIPVisionConfig):
-        return ClipBackbone(_load(CLIPVisionModel, model_config, weights), config, model_config, preprocess)
-    return Dinov2Backbone(_load(Dinov2Model, model_config, weights), config, model_config, preprocess)
+    content = _vision_config(config, random)
+    family = FAMILIES.get(content["model_type"])
+    if family is None:
+        model_config = _any_config(content)
+        preprocess = _preprocess(config, weights, model_config, GENERIC_PREPROCESS)
+        model, missing = _load(AutoModel, model_config, weights, HEADS, may_miss=POOLER)
+        if missing:
+            model.pooler = None
+        return GenericBackbone(model, config, model_config, preprocess)
+    model_config = _family_config(_class(family.config, content["model_type"]), content)
+    preprocess = _preprocess(config, weights, model_config, family.preprocess)
+    model, _ = _load(_class(family.model, content["model_type"]), model_config, weights, family.beside)
+    return family.backbone(model, family, config, model_config, preprocess)
 
 
-class _TransformersBackbone(Backbone):
-    """What both families share: embeddings, a list of blocks, a final norm that only the pooled head uses."""
+def _vision_config(config: TransformersConfig, random: bool) -> dict[str, Any]:
+    """What `config.json` says of the vision part, with its `model_type`.
 
-    embeddings: nn.Module
-    blocks: nn.ModuleList
-    norm: nn.Module
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TransformersConfig,
-        model_config: PretrainedConfig,
-        preprocess: PreprocessConfig,
-    ) -> None:
-        super().__init__()
-        self._config, self._model_config = config, model_config
-        self._checkpointing = False
-        layers, side = model_config.num_hidden_layers, model_config.image_size // model_config.patch_size
-        if preprocess.image_size != model_config.image_size:
-            # DINOv2 was trained at 518 and its processor crops 224.
-            preprocess = preprocess.at_size(model_config.image_size)
-        self.info = BackboneInfo(
-            widths=(model_config.hidden_size,) * layers,
-            grids=((side, side),) * layers,
-            prefix_tokens=1,
-            default_layer=-2 if layers > 1 else -1,
-            embed_dim=model_config.hidden_size,
-            preprocess=preprocess,
-        )
-
-    def forward_layers(
-        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
-    ) -> list[Float[Tensor, "b tokens d"]]:
-        return run_blocks(
-            self.blocks,
-            self.embeddings(pixels),
-            layers,
-            run=run_block,
-            plain=_plain_block,
-            checkpointing=self._checkpointing,
-        )
-
-    def layer_modules(self) -> Sequence[nn.Module]:
-        return list(self.blocks)
-
-    def checkpoint_activations(self, enabled: bool) -> None:
-        self._checkpointing = enabled
-
-    def portable_config(self) -> TransformersConfig:
-        architecture = config_fields(self._model_config)
-        return self._config.model_copy(
-            update={"architecture": architecture, "preprocess": self.info.preprocess}
-        )
-
-
-class ClipBackbone(_TransformersBackbone):
-    """CLIP's vision model; the pooled head is the class token after `post_layernorm`, not projected."""
-
-    def __init__(self, model: Any, *facts: Any) -> None:
-        super().__init__(model, *facts)
-        model = clip_vision_trunk(model)
-        self.embeddings = nn.Sequential(model.embeddings, model.pre_layrnorm)
-        self.blocks = model.encoder.layers
-        self.norm = model.post_layernorm
-
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        embedding: Tensor = self.norm(self.forward_layers(pixels, [len(self.blocks)])[0][:, 0])
-        return embedding
-
-    def truncate(self, layer: int) -> None:
-        self.blocks = self.blocks[:layer]
-        self.norm = nn.Identity()
-
-
-class Dinov2Backbone(_TransformersBackbone):
-    """DINOv2; the pooled head is the class token after the final norm."""
-
-    def __init__(self, model: Any, *facts: Any) -> None:
-        super().__init__(model, *facts)
-        # Only masked pre-training uses it; as a parameter without gradient it would make DDP wait.
-        model.embeddings.mask_token.requires_grad_(False)
-        self.embeddings = model.embeddings
-        self.blocks = encoder_blocks(model.encoder)
-        self.norm = model.layernorm
-
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        tokens: Tensor = self.norm(self.forward_layers(pixels, [len(self.blocks)])[0])
-        return tokens[:, 0]
-
-    def truncate(self, layer: int) -> None:
-        self.blocks = self.blocks[:layer]
-        self.norm = nn.Identity()
-
-
-def _plain_block(block: Any) -> PlainBlock | None:
-    """The parts of a block of CLIP's kind, without adapters and attention of another kind."""
-    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    if type(attention) is not CLIPAttention or type(mlp) is not CLIPMLP:
-        return None
-    linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
-    if not all(type(layer) is nn.Linear for layer in linear) or (block.training and attention.dropout):
-        return None
-    return PlainBlock(
-        norm_1=block.layer_norm1,
-        projections=tuple((layer.weight, layer.bias) for layer in linear[:3]),
-        out=attention.out_proj,
-        norm_2=block.layer_norm2,
-        up=mlp.fc1,
-        activation=quick_gelu_ if isinstance(mlp.activation_fn, QuickGELUActivation) else mlp.activation_fn,
-        down=mlp.fc2,
-        heads=attention.num_heads,
-    )
-
-
-def _model_config(config: TransformersConfig, random: bool) -> PretrainedConfig:
-    architecture = config.architecture
+    Raises:
+        ConfigError: there is none.
+    """
+    content = config.architecture
     needs_no_hub = random or Path(str(config.weights)).exists()
-    if architecture is None and needs_no_hub and not Path(str(config.model)).exists():
-        architecture = PUBLISHED.get(str(config.model))
-    if architecture is not None:
-        families = {"clip_vision_model": CLIPVisionConfig, "dinov2": Dinov2Config}
-        family = families.get(str(architecture.get("model_type")))
-        if family is None:
-            raise ConfigError(f"`architecture.model_type` must be one of {', '.join(families)}")
-        return family(**architecture)
-    try:
-        found = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
+    if content is None and needs_no_hub and not Path(str(config.model)).exists():
+        content = PUBLISHED.get(str(config.model))
+    if content is None:
+        try:
+            content = PretrainedConfig.get_config_dict(config.model)[0]
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"transformers:{config.model}: no config at this hub id or folder "
+                f"({first_line(error)}). Offline, download it first and name the folder"
+            ) from error
+    whole = content.get("model_type")
+    vision = dict(content.get("vision_config") or content)
+    model_type = vision.get("model_type", VISION_PART.get(str(whole), whole))
+    model_type = VISION_PART.get(str(model_type), model_type)
+    if model_type is None:
+        raise ConfigError(f"transformers:{config.model or 'architecture'}: its config has no `model_type`")
+    return {**vision, "model_type": model_type}
+
+
+def _class(name: str, model_type: str) -> Any:
+    """A class of transformers by its name.
+
+    Raises:
+        ConfigError: this version does not have it.
+    """
+    found = getattr(transformers, name, None)
+    if found is None:
         raise ConfigError(
-            f"transformers:{config.model}: no config at this hub id or folder "
-            f"({first_line(error)}). Offline, download it first and name the folder"
-        ) from error
-    found = getattr(found, "vision_config", found)
-    if not isinstance(found, (CLIPVisionConfig, Dinov2Config)):
-        raise ConfigError(
-            f"transformers:{config.model}: is a {found.model_type!r}; this source reads CLIP and DINOv2"
+            f"transformers {transformers.__version__} has no {name}, which {model_type!r} needs: "
+            "pip install -U transformers"
         )
     return found
 
 
+def _family_config(config_class: Any, content: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        model_config: PretrainedConfig = config_class.from_dict(dict(content))
+    except Exception as error:  # each version of the library checks in its own way
+        raise ConfigError(f"{content['model_type']!r}: this config is not understood: {error}") from error
+    return model_config
+
+
+def _any_config(content: Mapping[str, Any]) -> PretrainedConfig:
+    fields = {name: value for name, value in content.items() if name != "model_type"}
+    try:
+        return AutoConfig.for_model(content["model_type"], **fields)
+    except Exception as error:  # each version of the library checks in its own way
+        raise ConfigError(
+            f"transformers {transformers.__version__} does not understand a config of type "
+            f"{content['model_type']!r}: {error}"
+        ) from error
+
+
+def _native_size(model_config: Any) -> int | tuple[int, int] | None:
+    """Side of the pictures that a model's positions are for, or None where its config does not say."""
+    if hasattr(model_config, "num_patches") and not hasattr(model_config, "image_size"):  # NaFlex
+        return patch_size(model_config) * math.isqrt(model_config.num_patches)
+    size = getattr(model_config, "image_size", None)
+    if size is None or isinstance(size, int):
+        return size
+    height, width = (int(side) for side in size)
+    return height if height == width else (height, width)
+
+
 def _preprocess(
-    config: TransformersConfig, weights: str | None, model_config: PretrainedConfig
+    config: TransformersConfig,
+    weights: str | None,
+    model_config: PretrainedConfig,
+    defaults: Mapping[str, Any],
+) -> PreprocessConfig:
+    """Settings of the node, else of the weights, else of the family, at the model's native size."""
+    native = _native_size(model_config)
+    if config.preprocess is not None:
+        settings = config.preprocess
+    elif weights is None:
+        settings = PreprocessConfig(image_size=native or DEFAULT_SIZE, **defaults)
+    else:
+        settings = _read_settings(config, weights, native, defaults)
+    # DINOv2 was trained at 518 and its processor crops 224.
+    return settings if native in (None, settings.image_size) else settings.at_size(native)
+
+
+def _read_settings(
+    config: TransformersConfig,
+    weights: str,
+    native: int | tuple[int, int] | None,
+    defaults: Mapping[str, Any],
 ) -> PreprocessConfig:
     """What lies beside the weights says, else what lies beside the model that they are for."""
-    found = None
-    for place in [] if weights is None else [weights, config.model]:
+    for place in (weights, config.model):
         folder = str(Path(place).parent) if place and Path(place).is_file() else place
         try:
             found = folder and cached_file(folder, PREPROCESSOR_FILE)
         except OSError:
             continue
-        if found is not None:
+        if found:
             return read_preprocess(Path(found))
-    # Random weights have no settings of their own, and those of a published model are its family's.
-    if weights is None or (Path(weights).exists() and config.model in PUBLISHED):
-        if isinstance(model_config, CLIPVisionConfig):
-            return PreprocessConfig(image_size=model_config.image_size, crop_rounding="down")
-        return PreprocessConfig(
-            image_size=model_config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_rounding="down"
-        )
+    if Path(weights).exists() and config.model in PUBLISHED:  # they are prepared as their family is
+        return PreprocessConfig(image_size=native or DEFAULT_SIZE, **defaults)
     raise DataError(
         f"{weights} has no {PREPROCESSOR_FILE}, so the right preprocessing of these weights is unknown; "
         "add the file, or set `backbone.preprocess`"
@@ -234,12 +182,38 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None) -> nn.Module:
+def _load(
+    model_class: Any,
+    model_config: PretrainedConfig,
+    weights: str | None,
+    beside: tuple[str, ...],
+    may_miss: str | None = None,
+) -> tuple[Any, list[str]]:
+    """A model in float32 with random weights, or with those of a folder or hub id.
+
+    Args:
+        beside: beginnings of names of tensors that whole checkpoints hold beside this model.
+        may_miss: the beginning of names of tensors that may be missing.
+
+    Returns:
+        The model, and the names of tensors that are missing.
+
+    Raises:
+        ConfigError: transformers cannot build a model from this config.
+        WeightsError: weights that cannot be had or do not fit.
+    """
     if weights is None:
-        model: nn.Module = model_class(model_config)
-        return model
-    if model_class is CLIPVisionModel and Path(weights).exists():
-        return _load_clip(model_config, weights)
+        try:
+            model: nn.Module = (
+                AutoModel.from_config(model_config) if model_class is AutoModel else model_class(model_config)
+            )
+        except (ValueError, KeyError, ImportError) as error:
+            raise ConfigError(
+                f"transformers builds no model of type {model_config.model_type!r}: {first_line(error)}"
+            ) from error
+        return model, []
+    if model_config.model_type == "clip_vision_model" and Path(weights).exists():
+        return _load_clip(model_class, model_config, weights, beside), []
     try:
         with _quiet():  # its report of what is wrong is raised below, and the text side is not wrong
             model, report = model_class.from_pretrained(
@@ -247,12 +221,14 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
             )
     except Exception as error:  # the hub, safetensors and torch each have their own family
         raise WeightsError(f"transformers:{weights}: weights cannot be loaded: {error}") from error
+    missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
+    forgiven = [name for name in missing if may_miss is not None and name.startswith(may_miss)]
     wrong = {
-        "missing": [name for name in report["missing_keys"] if not name.endswith("position_ids")],
+        "missing": [name for name in missing if name not in forgiven],
         "unexpected": [
             name
             for name in report["unexpected_keys"]
-            if not name.startswith(_TEXT_SIDE) and not name.endswith("position_ids")
+            if not name.startswith(beside) and not name.endswith("position_ids")
         ],
         "of another shape": [
             f"{name}: file has {tuple(found)}, model needs {tuple(needed)}"
@@ -266,10 +242,10 @@ def _load(model_class: Any, model_config: PretrainedConfig, weights: str | None)
         raise WeightsError(
             f"transformers:{weights}: these weights are not for this model\n" + "\n".join(lines)
         )
-    return model.to(torch.float32)
+    return model.to(torch.float32), forgiven
 
 
-def _load_clip(model_config: CLIPVisionConfig, weights: str) -> nn.Module:
+def _load_clip(model_class: Any, model_config: Any, weights: str, beside: tuple[str, ...]) -> nn.Module:
     """CLIP's vision model from a file or folder, in any layout that `vlm_vision.layouts` converts."""
     path, origin = Path(weights), f"transformers:{weights}"
     try:
@@ -284,11 +260,11 @@ def _load_clip(model_config: CLIPVisionConfig, weights: str) -> nn.Module:
             f"`architecture`, whose hidden_act is {'quick_gelu' if quick_gelu else 'gelu'!r}"
         )
     with without_init():
-        model: nn.Module = CLIPVisionModel(model_config)
+        model: nn.Module = model_class(model_config)
     own = {
         name.removeprefix("vision_model."): tensor
         for name, tensor in state.items()
-        if not name.startswith(_TEXT_SIDE)
+        if not name.startswith(beside)
     }
-    load_strict(getattr(model, "vision_model", model), own, origin)
+    load_strict(clip_vision_trunk(model), own, origin)
     return model

@@ -1,0 +1,305 @@
+"""Any model of transformers that gives hidden states of pictures, with what had to be assumed of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig
+
+from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbones.config import TransformersConfig
+from vlm_vision.errors import ConfigError, first_line
+from vlm_vision.tower_config import PreprocessConfig
+
+GENERIC_PREPROCESS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_rounding": "down"}
+# Beginnings of the names of tensors that models for a task hold beside the model that AutoModel takes.
+HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "lm_head.", "pooler.")
+INTERPOLATE = "interpolate_pos_encoding"
+Shape = tuple[int, int, int]
+
+
+class GenericBackbone(Backbone):
+    """A model of the library by what it shows when it runs; `info.assumptions` tells what that left open.
+
+    It is measured on twins that take no memory. Where a list of modules is found whose outputs are the hidden
+    states, it is the list of layers, and is cut after the deepest one asked for; else the whole model runs.
+    Parameters on which the features do not depend are kept as buffers, so that nothing waits for a gradient.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TransformersConfig,
+        model_config: PretrainedConfig,
+        preprocess: PreprocessConfig,
+    ) -> None:
+        """Measure the model.
+
+        Raises:
+            ConfigError: it does not run on pixels, gives no hidden states, or it cannot be known which of its
+                tokens are patches.
+        """
+        super().__init__()
+        self.model, self._model_config = model, model_config
+        self._portable = config.model_copy(
+            update={"architecture": model_config.to_dict(), "preprocess": preprocess}
+        )
+        self._native = size = (preprocess.height, preprocess.width)
+        self._outputs: dict[int, Tensor] = {}
+        twin = self._twin()
+        states, pooled = self._measure(twin, size)
+        self._blocks_path = self._find_blocks(size)
+        # Beside what every layer gives, what enters the first one.
+        count = len(states) - 1 if self.blocks is None else len(self.blocks)
+        states = states[len(states) - count :]
+        shapes, prefix_tokens, about_tokens = _read_shapes(states, size, model_config)
+        self.info = BackboneInfo(
+            widths=tuple(width for width, _, _ in shapes),
+            grids=tuple((rows, columns) for _, rows, columns in shapes),
+            prefix_tokens=prefix_tokens,
+            default_layer=-2 if len(set(shapes)) == 1 < len(shapes) else -1,
+            embed_dim=None if pooled is None else int(pooled.flatten(1).shape[1]),
+            preprocess=preprocess,
+            size_step=self._size_step(twin, size, shapes),
+            assumptions=(self._about_layers(), about_tokens),
+        )
+        if self.blocks is not None:
+            _record(self.blocks, self._outputs)
+        _keep_unused_as_buffers(self.model, twin, [*states, *([] if pooled is None else [pooled])])
+
+    @property
+    def blocks(self) -> Any:
+        """The list of layers, where one was found."""
+        return None if self._blocks_path is None else self.model.get_submodule(self._blocks_path)
+
+    def forward_layers(
+        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "b tokens d"]]:
+        if self.blocks is None:
+            states = self._call(self.model, pixels, output_hidden_states=True).hidden_states[1:]
+            return [_as_tokens(states[layer - 1], pixels.shape[-2:]) for layer in layers]
+        self._call(self.model, pixels)
+        outputs = [_as_tokens(self._outputs[layer], pixels.shape[-2:]) for layer in layers]
+        self._outputs.clear()
+        return outputs
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        embedding: Tensor = self._call(self.model, pixels).pooler_output
+        self._outputs.clear()
+        return embedding.flatten(1)
+
+    def truncate(self, layer: int) -> None:
+        twin = self._twin()
+        outputs: dict[int, Tensor] = {}
+        if self._blocks_path is not None:
+            _cut(self.blocks, layer)
+            blocks = twin.get_submodule(self._blocks_path)
+            _cut(blocks, layer)
+            _record(blocks, outputs)
+        states, _ = self._measure(twin, self._native)
+        _keep_unused_as_buffers(self.model, twin, [outputs[layer] if outputs else states[layer]])
+
+    def layer_modules(self) -> Sequence[nn.Module]:
+        return super().layer_modules() if self.blocks is None else list(self.blocks)
+
+    def portable_config(self) -> TransformersConfig:
+        return self._portable
+
+    def resize(self, image_size: int | tuple[int, int]) -> None:
+        """Another size as the native one; the library resamples positions in every call."""
+        preprocess, step = self.info.preprocess.at_size(image_size), self.info.size_step
+        if step is None:
+            super().resize(image_size)
+        elif preprocess.height % step or preprocess.width % step:
+            raise ConfigError(f"image_size {image_size}: both sides must be multiples of {step} pixels")
+        height, width = self.info.preprocess.height, self.info.preprocess.width
+        grids = tuple(
+            (rows * preprocess.height // height, columns * preprocess.width // width)
+            for rows, columns in self.info.grids
+        )
+        self.info = replace(self.info, grids=grids, preprocess=preprocess)
+
+    def _twin(self) -> Any:
+        """The like of the whole model, without memory."""
+        with torch.device("meta"):
+            twin = AutoModel.from_config(self._model_config).eval()
+        if getattr(self.model, "pooler", twin) is None:
+            twin.pooler = None
+        return twin
+
+    def _call(self, model: Any, pixels: Float[Tensor, "b 3 h w"], **options: Any) -> Any:
+        other = tuple(pixels.shape[-2:]) != self._native
+        if other and INTERPOLATE in inspect.signature(model.forward).parameters:
+            options[INTERPOLATE] = True
+        return model(pixels, return_dict=True, **options)
+
+    def _measure(self, twin: Any, size: tuple[int, int]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Hidden states and the pooled output of a twin."""
+        kind = self._model_config.model_type
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                output = self._call(twin, torch.empty(1, 3, *size, device="meta"), output_hidden_states=True)
+        except Exception as error:  # whatever a model that is not for pictures does with them
+            raise ConfigError(
+                f"transformers' {kind!r} does not run on pixels [1, 3, {size[0]}, {size[1]}]: "
+                f"{first_line(error)}"
+            ) from error
+        states = getattr(output, "hidden_states", None)
+        if not states or len(states) < 2:
+            raise ConfigError(f"transformers' {kind!r} gives no hidden states, so no features of layers")
+        return tuple(states), getattr(output, "pooler_output", None)
+
+    def _find_blocks(self, size: tuple[int, int]) -> str | None:
+        """Where the list is whose modules give the hidden states, and which can be cut.
+
+        The last hidden state may be another tensor than the last block's: some models give it after their
+        final norm.
+        """
+        path: str
+        for path, candidate in self._twin().named_modules():
+            if not isinstance(candidate, nn.ModuleList) or not len(candidate):
+                continue
+            twin, outputs = self._twin(), dict[int, Tensor]()
+            _record(twin.get_submodule(path), outputs)
+            states, _ = self._measure(twin, size)
+            count = len(candidate)
+            if len(states) - count not in (0, 1) or len(outputs) != count:
+                continue
+            own = states[len(states) - count :]
+            if any(own[number - 1] is not outputs[number] for number in range(1, max(count, 2))):
+                continue
+            try:
+                for kept in range(count - 1, 0, -1):
+                    _cut(twin.get_submodule(path), kept)
+                    self._measure(twin, size)
+            except ConfigError:
+                continue
+            return path
+        return None
+
+    def _about_layers(self) -> str:
+        if self.blocks is None:
+            return (
+                "hidden_states[0] enters the first layer; no list of modules was found that gives the "
+                "others and can be cut, so the whole model runs and is held, whichever layer is asked for"
+            )
+        return (
+            f"layers are the {len(self.blocks)} modules of {self._blocks_path!r}, which give the hidden "
+            "states; the last one's output is taken as it is, without a norm after it"
+        )
+
+    def _size_step(self, twin: Any, size: tuple[int, int], shapes: Sequence[Shape]) -> int | None:
+        """The step of sizes that the model takes call by call, found by trying one beside the native."""
+        _, rows, columns = shapes[-1]
+        step = size[0] // rows
+        if size[0] % rows or size[1] != step * columns:
+            return None
+        other = (size[0] + step, size[1] + 2 * step)
+        expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
+        try:
+            states, _ = self._measure(twin, other)
+            found, _, _ = _read_shapes(states[len(states) - len(shapes) :], other, self._model_config)
+        except ConfigError:
+            return None
+        return step if found == expected else None
+
+
+def _record(blocks: Iterable[nn.Module], outputs: dict[int, Tensor]) -> None:
+    """Have blocks leave what they give in a mapping, by their number from 1."""
+    for number, block in enumerate(blocks, start=1):
+        block.register_forward_hook(partial(_leave, outputs, number))
+
+
+def _leave(outputs: dict[int, Tensor], number: int, block: nn.Module, given: Any, output: Any) -> None:
+    outputs[number] = output[0] if isinstance(output, tuple) else output
+
+
+def _cut(blocks: Any, count: int) -> None:
+    del blocks[count:]
+
+
+def _keep_unused_as_buffers(model: Any, twin: Any, outputs: Sequence[Tensor]) -> None:
+    """Make buffers of parameters on which outputs of the twin do not depend.
+
+    Final norms, poolers and mask tokens: DDP would wait for their gradients.
+    """
+    names = dict(twin.named_parameters())
+    with torch.inference_mode(False), torch.enable_grad():
+        total = torch.stack([output.float().sum() for output in outputs]).sum()
+        gradients = torch.autograd.grad(total, list(names.values()), allow_unused=True)
+    held = dict(model.named_parameters())
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None and name in held:
+            path, _, own = name.rpartition(".")
+            owner = model.get_submodule(path)
+            delattr(owner, own)
+            owner.register_buffer(own, held[name].data)
+
+
+def _as_tokens(state: Tensor, size: Sequence[int]) -> Float[Tensor, "b tokens d"]:
+    if state.ndim == 3:
+        return state
+    channels_last = _is_channels_last(state, size)
+    tokens: Tensor = rearrange(state, "b h w d -> b (h w) d" if channels_last else "b d h w -> b (h w) d")
+    return tokens
+
+
+def _is_channels_last(state: Tensor, proportions: Sequence[int]) -> bool:
+    """Whether maps have their channels last: their rows and columns have a picture's proportions."""
+    height, width = proportions
+    return state.shape[2] * width != state.shape[3] * height
+
+
+def _read_shapes(
+    states: Sequence[Tensor], size: tuple[int, int], model_config: Any
+) -> tuple[list[Shape], int, str]:
+    """Channels, rows and columns of every hidden state; tokens before the patches; what was assumed.
+
+    Raises:
+        ConfigError: it cannot be known which tokens are patches.
+    """
+    height, width = size
+    if all(state.ndim == 4 for state in states):
+        maps = [
+            (int(state.shape[3]), int(state.shape[1]), int(state.shape[2]))
+            if _is_channels_last(state, size)
+            else (int(state.shape[1]), int(state.shape[2]), int(state.shape[3]))
+            for state in states
+        ]
+        return maps, 0, "hidden states are maps of stages, without tokens before the patches"
+    if any(state.ndim != 3 for state in states):
+        raise ConfigError(
+            f"hidden states of shapes {[list(state.shape) for state in states]}: neither tokens nor maps"
+        )
+    counts = {int(state.shape[1]) for state in states}
+    if len(counts) > 1:  # stages: a grid has the picture's proportions
+        shapes = []
+        for state in states:
+            stride = math.sqrt(height * width / state.shape[1])
+            if not stride.is_integer() or height % int(stride) or width % int(stride):
+                raise ConfigError(f"{state.shape[1]} tokens are no grid of a picture of {height}x{width}")
+            shapes.append((int(state.shape[2]), height // int(stride), width // int(stride)))
+        return shapes, 0, "hidden states are grids of stages, without tokens before the patches"
+    count, patch = counts.pop(), getattr(model_config, "patch_size", None)
+    if patch is None:
+        raise ConfigError(
+            f"{count} tokens: which are patches cannot be known, as the config has no patch_size"
+        )
+    patch_rows, patch_columns = (patch, patch) if isinstance(patch, int) else patch
+    grid = (height // patch_rows, width // patch_columns)
+    prefix, registers = count - grid[0] * grid[1], int(getattr(model_config, "num_register_tokens", 0))
+    if prefix not in {0, 1, 2, registers, registers + 1}:
+        raise ConfigError(
+            f"{count} tokens for a grid of {grid[0]}x{grid[1]}: which {prefix} are none of it cannot be known"
+        )
+    about = f"of {count} tokens the first {prefix} come before the {grid[0]}x{grid[1]} patches, rows first"
+    return [(int(state.shape[2]), *grid) for state in states], prefix, about
