@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -90,3 +91,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     if lines:
         raise WeightsError(f"{origin}: these weights are not for this model\n" + "\n".join(lines))
     module.load_state_dict(state)
+
+
+def fingerprint(module: nn.Module, settings: str) -> str:
+    """A hash of a module's tensors, by name, and of the settings that belong to them."""
+    digest = sha256(settings.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -27,6 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.backbone",
         "vlm_vision.features",
         "vlm_vision.files",
+        "vlm_vision.picture_list",
         "vlm_vision.preprocess",
         "vlm_vision.progress",
         "vlm_vision.text",
@@ -36,6 +37,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("vlm_vision.backbones",),
     (
         "vlm_vision.dual_encoder",
+        "vlm_vision.extract",
+        "vlm_vision.feature_shards",
+        "vlm_vision.feature_stream",
         "vlm_vision.metrics",
         "vlm_vision.search",
         "vlm_vision.testing",
