@@ -97,7 +97,7 @@ def features(arguments: argparse.Namespace) -> None:
     done = extract_features(tower, sources, output, **options, **for_folders)
     if done is None:  # another process tells
         return
-    speed = f", {done.new:,} of them now, {done.new / done.seconds:,.1f} a second" if done.new else ""
+    speed = f"; went through {done.new:,}, {done.new / done.seconds:,.1f} a second" if done.new else ""
     print(
         f"{output}: features {list(done.manifest.shape)} {done.manifest.dtype} of {done.pictures:,} pictures "
         f"in {done.manifest.shards:,} {done.manifest.format} shard(s){speed}"

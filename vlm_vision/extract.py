@@ -98,7 +98,7 @@ def extract_features(
         max_bad_share: pictures that cannot be read are left out, counted and listed up to this share.
 
     Returns:
-        What is there, in the process of rank 0; None in the others.
+        What is there, in the process of rank 0, once all is; None in the others, which may end before.
 
     Raises:
         ConfigError: the folder holds features of another tower, other options or other pictures.
@@ -234,10 +234,11 @@ def _check(wanted: Manifest, found: Manifest | None, folder: Path) -> None:
             raise ConfigError("parquet has no bfloat16: take dtype float16 or float32, or safetensors")
     if found is None:
         return
+    old, new = found.model_dump(mode="json"), wanted.model_dump(mode="json")
     changed = [
-        f"{name} {getattr(found, name)!r}, now {getattr(wanted, name)!r}"
+        f"{name} {old[name]!r}, now {new[name]!r}"
         for name in ("select", "layers", "dtype", "format", "shard_size", "pictures")
-        if getattr(found, name) != getattr(wanted, name)
+        if old[name] != new[name]
     ]
     if not changed and found.names != wanted.names:
         changed = ["pictures of other names, or in another order"]
