@@ -13,10 +13,16 @@ from PIL import Image, ImageEnhance
 from vlm_vision.train.contrastive_config import AugmentConfig
 
 
-def augment(image: Image.Image, side: int, config: AugmentConfig, random: np.random.Generator) -> Image.Image:
-    """Random resized crop, flip and colour jitter of an RGB picture, to a square of `side` pixels."""
+def augment(
+    image: Image.Image,
+    size: int | tuple[int, int],
+    config: AugmentConfig,
+    random: np.random.Generator,
+) -> Image.Image:
+    """Random resized crop, flip and colour jitter of an RGB picture, to a side, or to (rows, columns)."""
+    height, width = (size, size) if isinstance(size, int) else size
     box = crop_box(image.width, image.height, config, random)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     if config.flip and random.random() < config.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return jitter(image, config, random)

@@ -151,8 +151,8 @@ class VisionLanguageModel(nn.Module):
             return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens)
         if not self.training:
             return embeddings
-        side = self.vision_tower.image_size
-        blank = self.image_tokens(embeddings.new_zeros(1, 3, side, side))
+        settings = self.vision_tower.image_processor.config
+        blank = self.image_tokens(embeddings.new_zeros(1, 3, settings.height, settings.width))
         return embeddings + 0 * blank.sum().to(embeddings.dtype)
 
     def image_tokens(self, pixels: Float[Tensor, "p 3 h w"]) -> Float[Tensor, "p m l"]:

@@ -117,21 +117,57 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     features = command(
         "features",
-        "patch features of pictures, as one safetensors file",
+        "features of pictures: one safetensors file, or a folder of shards for a data set",
         "open_clip:ViT-L-14-336-quickgelu@openai photo.jpg -o features.safetensors",
         "runs/demo/tower pictures/ -o features.safetensors --layer=-2,-3 --dtype bfloat16",
+        "open_clip:ViT-L-14-336-quickgelu@openai coco/ -o runs/features --dtype float16 --format parquet",
+        "my-tower 'laion/{00000..00099}.tar' -o runs/features   # run it again, and it continues",
     )
-    features.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
-    features.add_argument("pictures", nargs="*", help="picture files and folders of them")
-    features.add_argument("-o", "--output", required=True, metavar="FILE", help="safetensors file to write")
+    features.epilog = f"""{features.epilog}
+
+many GPUs, with a folder that all machines see:
+  torchrun --nproc-per-node 8 -m vlm_vision.cli features my-tower coco/ -o runs/features
+
+reading a folder back, by a picture's path in its folder or its name in the tar:
+  from vlm_vision.feature_shards import FeatureShards
+  FeatureShards("runs/features")["train2017/000000000009.jpg"]"""
+    features.add_argument("source", metavar="tower", help="source:model@weights, a folder, or a YAML file")
+    features.add_argument(
+        "pictures", nargs="*", help="picture files, folders of them, and tars as webdataset packs them"
+    )
+    features.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="FILE.safetensors, or a folder that gets shards"
+    )
     features.add_argument(
         "--layer", type=_layers, help="-2 is the one before the last; several: --layer=-2,-3"
     )
-    features.add_argument("--select", choices=["patch", "cls_patch", "cls"], help="which tokens")
+    features.add_argument(
+        "--select",
+        choices=["patch", "cls_patch", "cls", "pooled"],
+        help="which tokens, or the whole model's embedding of the picture, not normalised (default: patch)",
+    )
     features.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and features"
     )
     features.add_argument("--batch-size", type=_positive, default=32, help="pictures at once (default: 32)")
+    features.add_argument(
+        "--workers",
+        type=_positive,
+        help="processes that decode, for each GPU (default: its share of the cores)",
+    )
+    shards = features.add_argument_group("for a folder")
+    shards.add_argument(
+        "--format", choices=["safetensors", "parquet"], help="of the shards (default: safetensors)"
+    )
+    shards.add_argument(
+        "--shard-size", type=_positive, help="pictures of a shard (default: as many as stay under 1 GiB)"
+    )
+    shards.add_argument(
+        "--max-bad-share",
+        type=float,
+        metavar="SHARE",
+        help="unreadable pictures to leave out and list in bad_pictures.jsonl (default: 0.05)",
+    )
     features.set_defaults(rest="pictures")
 
     export = command(

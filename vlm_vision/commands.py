@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -69,28 +68,47 @@ def _show_tower(source: str) -> None:
 
 
 def features(arguments: argparse.Namespace) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from vlm_vision.progress import progress_bar
+    from vlm_vision.extract import extract_features, extract_file
+    from vlm_vision.picture_list import expand_sources
     from vlm_vision.tower import load_tower
 
-    pictures = _pictures(arguments.pictures)
+    output, pooled = Path(arguments.output), arguments.select == "pooled"
+    is_file = output.suffix == ".safetensors" and not output.is_dir()
+    for_folders = {name: getattr(arguments, name) for name in ("format", "shard_size", "max_bad_share")}
+    for_folders = {name: value for name, value in for_folders.items() if value is not None}
+    if is_file and for_folders:
+        option = "--" + next(iter(for_folders)).replace("_", "-")
+        raise ConfigError(f"{option} is for a folder, and {output} is one file: give -o a folder")
+    if output.suffix == ".parquet":
+        raise ConfigError(f"{output}: parquet files are written into a folder: -o FOLDER --format parquet")
+    if pooled and arguments.layer is not None:
+        raise ConfigError("--select pooled is of the whole model: give no --layer")
+    sources = expand_sources(arguments.pictures)
     asked = {name: getattr(arguments, name) for name in ("layer", "select", "dtype")}
+    if pooled:
+        asked |= {"select": None, "pooled_head": True}
     tower = load_tower(
         arguments.source, **{name: value for name, value in asked.items() if value is not None}
     )
-    parts = []
-    with torch.inference_mode(), progress_bar(len(pictures), "features") as bar:
-        for batch in _batches(pictures, arguments.batch_size):
-            parts.append(tower(tower.image_processor(batch)))
-            bar.update(len(batch))
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tensor = torch.cat(parts)
-    described = {"pictures": json.dumps([str(path) for path in pictures]), "tower": arguments.source}
-    save_file({"features": tensor}, output, described)
-    print(f"{output}: features {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    options = {name: getattr(arguments, name) for name in ("batch_size", "workers")}
+    options |= {"tower_name": arguments.source, "pooled": pooled}
+    if is_file:
+        tensor = extract_file(tower, sources, output, **options)
+        print(f"{output}: features {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        return
+    done = extract_features(tower, sources, output, **options, **for_folders)
+    if done is None:  # another process tells
+        return
+    speed = f"; went through {done.new:,}, {done.new / done.seconds:,.1f} a second" if done.new else ""
+    print(
+        f"{output}: features {list(done.manifest.shape)} {done.manifest.dtype} of {done.pictures:,} pictures "
+        f"in {done.manifest.shards:,} {done.manifest.format} shard(s){speed}"
+    )
+    if done.bad:
+        print(
+            f"{done.bad:,} left out, listed in {output / 'bad_pictures.jsonl'}; "
+            "to try them again, delete the shards it names and run the command again"
+        )
 
 
 def export(arguments: argparse.Namespace) -> None:

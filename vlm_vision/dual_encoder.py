@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from vlm_vision.tower import (
     tower_config,
 )
 from vlm_vision.tower_config import TowerConfig
-from vlm_vision.weights import load_strict
+from vlm_vision.weights import fingerprint, load_strict
 
 
 class DualEncoder(nn.Module):
@@ -72,11 +71,7 @@ class DualEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """What tells this model's embeddings from another's: a hash of its weights and its preprocessing."""
-        digest = sha256(repr(self.image_processor.config).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self, repr(self.image_processor.config))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` reads, and `VisionTower.from_pretrained` too."""

@@ -183,7 +183,8 @@ def _thumbnail(image: Image.Image, processor: ImageProcessor) -> Image.Image:
     """The whole picture squashed to one tile: `process_anyres_image` of llava/mm_utils.py."""
     height, width = processor.config.height, processor.config.width
     shorter = min(height, width)
-    scaled = processor.config.resize_to or shorter
+    resize_to = processor.config.resize_to or shorter
+    scaled = resize_to if isinstance(resize_to, int) else min(resize_to)
     return image.resize((width * scaled // shorter, height * scaled // shorter), _RESAMPLING)
 
 

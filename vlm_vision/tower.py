@@ -196,8 +196,8 @@ class VisionTower(nn.Module):
         native = (3, info.preprocess.height, info.preprocess.width)
         if batch.ndim != 4 or batch.shape[1] != 3 or tuple(batch.shape[1:]) != native:
             step = info.size_step
-            fits = batch.ndim == 4 and batch.shape[1] == 3 and bool(step)
-            if not (fits and (interpolate or info.any_size)):
+            fits = batch.ndim == 4 and batch.shape[1] == 3
+            if step is None or not (fits and (interpolate or info.any_size)):
                 raise ConfigError(self._refusal(batch, native, step, interpolate))
             if batch.shape[2] % step or batch.shape[3] % step or 0 in batch.shape[2:]:
                 raise ConfigError(

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     own = {name: tensor.to(wanted[name].dtype, copy=False) for name, tensor in state.items()}
     # The file's own memory becomes the module's: no second copy is made.
     module.load_state_dict(own, assign=True)
+
+
+def fingerprint(module: nn.Module, settings: str) -> str:
+    """A hash of a module's tensors, by name, and of the settings that belong to them."""
+    digest = sha256(settings.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -108,6 +108,6 @@ def _run_plain(block: PlainBlock, tokens: Float[Tensor, "b n d"]) -> None:
     update = block.out(rearrange(attended, "b heads n d -> b n (heads d)"))
     tokens.add_(update if block.scales is None else update.mul_(block.scales[0]))
     size = MLP_SLICE_CPU if tokens.device.type == "cpu" else MLP_SLICE_DEVICE
-    for part in tokens.flatten(0, 1).split(size):
+    for part in torch.split(tokens.flatten(0, 1), size):
         update = block.down(block.activation(block.up(block.norm_2(part))))
         part.add_(update if block.scales is None else update.mul_(block.scales[1]))

@@ -128,4 +128,5 @@ def _on_grid(
         return tokens
     plane = rearrange(tokens, "b (h w) d -> b d h w", h=old[0])
     moved = interpolate(plane.float(), size=new, mode="bilinear", align_corners=False).to(tokens.dtype)
-    return rearrange(moved, "b d h w -> b (h w) d")
+    joined: Tensor = rearrange(moved, "b d h w -> b (h w) d")
+    return joined

@@ -208,7 +208,7 @@ def _take_any_size(trunk: Any) -> None:
     timm takes the flag when a model is built, and open_clip does not pass it on. Models of a size that is no
     multiple of their patch (SO400M/14 at 384) drop the rest of the picture, at that one size only.
     """
-    embed = getattr(trunk, "patch_embed", None)
+    embed: Any = getattr(trunk, "patch_embed", None)
     if not (
         hasattr(trunk, "dynamic_img_size") and hasattr(trunk, "_pos_embed") and hasattr(embed, "flatten")
     ):
