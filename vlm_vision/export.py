@@ -26,8 +26,8 @@ OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.
 _LIBRARY_NAMES = {
     "open_clip": {"backbone.visual.": "visual."},
     "transformers": {
-        "backbone.embeddings.0.": "vision_model.embeddings.",
-        "backbone.embeddings.1.": "vision_model.pre_layrnorm.",
+        "backbone.embeddings.": "vision_model.embeddings.",
+        "backbone.pre_norm.": "vision_model.pre_layrnorm.",
         "backbone.blocks.": "vision_model.encoder.layers.",
         "backbone.norm.": "vision_model.post_layernorm.",
     },

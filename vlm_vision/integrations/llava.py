@@ -53,8 +53,8 @@ FOUR_EVENLY, FIVE_NAMED = "slicefour_", "slice_m25811_f6_"
 # How LLaVA's checkpoints name the tower's tensors, and how transformers names those of CLIP in them.
 _IN_CHECKPOINT = "vision_tower.vision_tower."
 _CLIP_NAMES = (
-    (r"^vision_model\.embeddings\.", "backbone.embeddings.0."),
-    (r"^vision_model\.pre_layrnorm\.", "backbone.embeddings.1."),
+    (r"^vision_model\.embeddings\.", "backbone.embeddings."),
+    (r"^vision_model\.pre_layrnorm\.", "backbone.pre_norm."),
     (r"^vision_model\.encoder\.layers\.", "backbone.blocks."),
     (r"^vision_model\.post_layernorm\.", "backbone.norm."),
 )
