@@ -107,11 +107,18 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     towers = command(
         "towers",
-        "list backbones, or show a tower's facts without its weights",
+        "list backbones, show a tower's facts without its weights, or verify towers against their libraries",
         "--source open_clip --match '*L-14*'",
         "show open_clip:ViT-L-14-336-quickgelu",
+        "verify open_clip:ViT-B-32 timm:convnext_tiny",
+        "verify --source open_clip --match 'ViT-B-*'",
     )
-    towers.add_argument("show", nargs="*", metavar="show TOWER", help="a source:model, folder or YAML file")
+    towers.add_argument(
+        "words",
+        nargs="*",
+        metavar="show TOWER | verify [TOWER ...]",
+        help="a source:model; show takes a folder or YAML file too",
+    )
     towers.add_argument("--source", help="only this source")
     towers.add_argument("--match", default="*", metavar="GLOB", help="only models whose name matches")
 

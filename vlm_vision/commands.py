@@ -28,19 +28,45 @@ def towers(arguments: argparse.Namespace) -> None:
     from vlm_vision.tower import list_backbones
     from vlm_vision.tower_config import BACKBONES
 
-    if arguments.show:
-        if arguments.show[0] != "show" or len(arguments.show) != 2:
-            raise ConfigError("towers lists all, or shows one: towers show open_clip:ViT-L-14-336-quickgelu")
-        _show_tower(arguments.show[1])
+    action, *names = arguments.words or ["list"]
+    if (action, len(names)) == ("show", 1):
+        _show_tower(names[0])
         return
+    if action not in ("list", "verify") or (action == "list" and names):
+        raise ConfigError(
+            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), or verifies them "
+            "(towers verify open_clip:ViT-B-32)"
+        )
     sources = BACKBONES.names()
     if arguments.source is not None and arguments.source not in sources:
         hint = nearest(arguments.source, sources)
         raise ConfigError(f"unknown source {arguments.source!r}{hint} (known: {', '.join(sources)})")
-    for name in list_backbones():
+    for name in [] if names else list_backbones():
         source, _, model = name.partition(":")
         if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
-            print(name)
+            names.append(name)
+    if action == "verify":
+        _verify_towers(names)
+    else:
+        print(*names, sep="\n")
+
+
+def _verify_towers(names: Sequence[str]) -> None:
+    from vlm_vision.verify import TOLERANCE, verify
+
+    print(f"{'tower':48} {'patches':>9} {'pooled':>9} {'parameters':>12} {'seconds':>8}")
+    failed = 0
+    for found in verify(names):
+        errors = ("-" if error is None else f"{error:.1e}" for error in (found.patches, found.pooled))
+        columns = " ".join(f"{error:>9}" for error in errors)
+        verdict = "" if found.passed else f"  FAILED {found.failure}"
+        failed += not found.passed
+        print(f"{found.name:48} {columns} {found.parameters:>12,} {found.seconds:>8.1f}{verdict}", flush=True)
+    if failed:
+        raise ConfigError(
+            f"{failed} of {len(names)} towers could not be compared, or differ by more than {TOLERANCE:.0e} "
+            "of the largest value"
+        )
 
 
 def _show_tower(source: str) -> None:
