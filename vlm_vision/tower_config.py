@@ -158,7 +158,7 @@ class PreprocessConfig(Config):
         return self
 
     def at_size(self, image_size: int | tuple[int, int]) -> PreprocessConfig:
-        """The same settings for another size; a margin that is cropped away scales with it."""
+        """The same settings for another size; a margin that is cropped away, and patches, scale with it."""
         resize_to = self.resize_to
         if resize_to is not None:
             given = (resize_to, resize_to) if isinstance(resize_to, int) else resize_to
@@ -166,4 +166,8 @@ class PreprocessConfig(Config):
             rows = round(given[0] * wanted[0] / self.height)
             columns = round(given[1] * wanted[1] / self.width)
             resize_to = rows if rows == columns else (rows, columns)
-        return self.model_copy(update={"image_size": image_size, "resize_to": resize_to})
+        changed = self.model_copy(update={"image_size": image_size, "resize_to": resize_to})
+        if self.patch_size is None:
+            return changed
+        patches = (changed.height // self.patch_size) * (changed.width // self.patch_size)
+        return changed.model_copy(update={"max_patches": patches})

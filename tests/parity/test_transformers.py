@@ -12,6 +12,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import timm
 import torch
 import transformers
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -253,9 +255,9 @@ def test_other_sizes_equal_the_librarys(kind: str, steps: tuple[int, int], tmp_p
         pytest.skip("this transformers takes one size of it")
     expected = patches_of(library(model, pixels).hidden_states[-1], tower.backbone.info.prefix_tokens)
     # Measured 1e-6, of NaFlex's positions, which 5.24 resamples by sums of its own. DINOv2 of 4.37 gives
-    # scales instead of sizes: 2e-2.
+    # scales instead of sizes: 6e-2.
     old = "DINOv2" in kind and transformers.__version__.startswith("4.37")
-    assert worst(ours, expected) <= (5e-2 if old else 1e-5)
+    assert worst(ours, expected) <= (1e-1 if old else 1e-5)
     loaded = load_tower(f"transformers:{folder}", layer=-1, image_size=list(size))
     assert loaded.grid == (size[0] // step, size[1] // step)[: len(loaded.grid)] or "ConvNeXt" in kind
     assert loaded.num_patches == ours.shape[1]
@@ -340,6 +342,22 @@ def test_naflex_runs_pictures_of_mixed_sizes_as_one_masked_batch(tmp_path: Path)
         assert worst(found, alone) <= 1e-5  # measured 1e-6
     torch.autograd.backward(sum(rows.square().sum() for rows in tower(pictures)))  # type: ignore[arg-type]
     assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+@pytest.mark.skipif("SigLIP2 NaFlex" not in HERE, reason="this transformers has no SigLIP2")
+@torch.no_grad()
+def test_naflex_takes_pictures_as_they_are_shaped() -> None:
+    tower = load_tower("transformers:google/siglip2-base-patch16-naflex@none", layer=1)
+    config = tower.image_processor.config
+    assert (config.resize, config.max_patches, config.patch_size) == ("flexible", 256, 16)
+    sizes = [(160, 640), (300, 99)]
+    pixels = tower.image_processor([Image.new("RGB", (width, height)) for height, width in sizes])
+    library_module = import_module("transformers.models.siglip2.image_processing_siglip2")
+    theirs = [library_module.get_image_size_for_max_num_patches(*size, 16, 256) for size in sizes]
+    assert [tuple(picture.shape[1:]) for picture in pixels] == theirs == [(128, 512), (448, 144)]
+    assert [tuple(features.shape) for features in tower(pixels)] == [(256, 768), (252, 768)]
+    larger = load_tower("transformers:google/siglip2-base-patch16-naflex@none", layer=1, image_size=512)
+    assert larger.num_patches == larger.image_processor.config.max_patches == 1024
 
 
 # Training and tracing ------------------------------------------------------------------------------------
@@ -452,7 +470,12 @@ OTHERS: dict[str, tuple[dict[str, Any], int, str]] = {
     "ConvNextModel": (
         {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "image_size": 64},
         0,
-        "the whole model runs and is held",
+        "layers are the 4 modules of 'encoder.stages'",
+    ),
+    "SegformerModel": (  # without what enters the first stage among its hidden states
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
+        0,
+        "held",
     ),
 }
 
@@ -476,14 +499,16 @@ def test_any_model_with_hidden_states_gives_them_and_says_what_was_assumed(name:
     assert info.prefix_tokens == prefix_tokens
     pixels = torch.randn(2, 3, *native(whole))
     with torch.no_grad():
-        states = model(pixels, output_hidden_states=True).hidden_states
-        last = None if "are the" not in info.assumptions[0] else len(states) - 1
-        for layer in range(1, len(states)):
+        states = model(pixels, output_hidden_states=True).hidden_states[-info.num_layers :]
+        held = whole.num_parameters
+        for layer, state in reversed(list(enumerate(states, start=1))):
             tower = load_tower({"backbone": node}, layer=layer)
-            if layer != last or name == "ViTModel":
-                assert worst(tower(pixels), patches_of(states[layer], prefix_tokens)) <= 1e-5  # measured 0
-            if last is not None:
+            if layer < len(states) or name == "ViTModel":  # others may give the last one after a norm
+                assert worst(tower(pixels), patches_of(state, prefix_tokens)) <= 1e-5  # measured 0
+            if assumed != "held":
                 assert len(tower.backbone.layer_modules()) == layer
+                assert tower.num_parameters < held or layer == len(states)
+                held = tower.num_parameters
     check_tower(whole)
     tower = load_tower({"backbone": node})
     check_tower(tower)
@@ -566,6 +591,7 @@ WHOLE: dict[str, tuple[Any, str]] = {
         lambda: {**of_both("Siglip2Model"), "vision_config": {**VISION, "num_patches": 16}},
         "vision_model",
     ),
+    "Aimv2Model": (partial(of_both, "Aimv2Model"), "vision_model"),
     "Dinov2ForImageClassification": (lambda: DINO, "dinov2"),
     "Dinov2WithRegistersForImageClassification": (lambda: DINO, "dinov2_with_registers"),
     "ViTMAEForPreTraining": (lambda: MAE, "vit"),

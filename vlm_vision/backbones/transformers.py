@@ -27,7 +27,7 @@ from vlm_vision.weights import find_weights_file, load_strict, without_init
 
 RANDOM = "none"
 DEFAULT_SIZE = 224
-POOLER = "pooler."
+POOLER = ".pooler."
 
 
 def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
@@ -54,8 +54,12 @@ def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
             model.pooler = None
         return GenericBackbone(model, config, model_config, preprocess)
     model_config = _family_config(_class(family.config, content["model_type"]), content)
-    preprocess = _preprocess(config, weights, model_config, family.preprocess)
-    model, _ = _load(_class(family.model, content["model_type"]), model_config, weights, family.beside)
+    defaults = dict(family.preprocess)
+    if family.any_size:
+        defaults |= {"max_patches": model_config.num_patches, "patch_size": patch_size(model_config)}
+    preprocess = _preprocess(config, weights, model_config, defaults)
+    model_class = _class(family.model, content["model_type"])
+    model, _ = _load(model_class, model_config, weights, family.beside, **family.loading)
     return family.backbone(model, family, config, model_config, preprocess)
 
 
@@ -188,12 +192,14 @@ def _load(
     weights: str | None,
     beside: tuple[str, ...],
     may_miss: str | None = None,
+    **loading: Any,
 ) -> tuple[Any, list[str]]:
     """A model in float32 with random weights, or with those of a folder or hub id.
 
     Args:
         beside: beginnings of names of tensors that whole checkpoints hold beside this model.
-        may_miss: the beginning of names of tensors that may be missing.
+        may_miss: the level in names of tensors that may be missing.
+        loading: arguments of the library's `from_pretrained`.
 
     Returns:
         The model, and the names of tensors that are missing.
@@ -207,7 +213,7 @@ def _load(
             model: nn.Module = (
                 AutoModel.from_config(model_config) if model_class is AutoModel else model_class(model_config)
             )
-        except (ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # each version of the library checks in its own way
             raise ConfigError(
                 f"transformers builds no model of type {model_config.model_type!r}: {first_line(error)}"
             ) from error
@@ -217,12 +223,16 @@ def _load(
     try:
         with _quiet():  # its report of what is wrong is raised below, and the text side is not wrong
             model, report = model_class.from_pretrained(
-                weights, config=model_config, output_loading_info=True, ignore_mismatched_sizes=True
+                weights,
+                config=model_config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **loading,
             )
     except Exception as error:  # the hub, safetensors and torch each have their own family
         raise WeightsError(f"transformers:{weights}: weights cannot be loaded: {error}") from error
     missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
-    forgiven = [name for name in missing if may_miss is not None and name.startswith(may_miss)]
+    forgiven = [name for name in missing if may_miss is not None and may_miss in f".{name}"]
     wrong = {
         "missing": [name for name in missing if name not in forgiven],
         "unexpected": [

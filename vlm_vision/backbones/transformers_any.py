@@ -19,6 +19,7 @@ from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import TransformersConfig
 from vlm_vision.errors import ConfigError, first_line
 from vlm_vision.tower_config import PreprocessConfig
+from vlm_vision.weights import without_init
 
 GENERIC_PREPROCESS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_rounding": "down"}
 # Beginnings of the names of tensors that models for a task hold beside the model that AutoModel takes.
@@ -57,9 +58,8 @@ class GenericBackbone(Backbone):
         self._outputs: dict[int, Tensor] = {}
         twin = self._twin()
         states, pooled = self._measure(twin, size)
-        self._blocks_path = self._find_blocks(size)
-        # Beside what every layer gives, what enters the first one.
-        count = len(states) - 1 if self.blocks is None else len(self.blocks)
+        self._blocks_path, self._can_cut = self._find_blocks(size)
+        count = _count_layers(states, model_config) if self.blocks is None else len(self.blocks)
         states = states[len(states) - count :]
         shapes, prefix_tokens, about_tokens = _read_shapes(states, size, model_config)
         self.info = BackboneInfo(
@@ -70,11 +70,11 @@ class GenericBackbone(Backbone):
             embed_dim=None if pooled is None else int(pooled.flatten(1).shape[1]),
             preprocess=preprocess,
             size_step=self._size_step(twin, size, shapes),
-            assumptions=(self._about_layers(), about_tokens),
+            assumptions=(self._about_layers(count), about_tokens),
         )
         if self.blocks is not None:
             _record(self.blocks, self._outputs)
-        _keep_unused_as_buffers(self.model, twin, [*states, *([] if pooled is None else [pooled])])
+        _keep_as_buffers(self.model, _unused(twin, [*states, *([] if pooled is None else [pooled])]))
 
     @property
     def blocks(self) -> Any:
@@ -85,7 +85,8 @@ class GenericBackbone(Backbone):
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
         if self.blocks is None:
-            states = self._call(self.model, pixels, output_hidden_states=True).hidden_states[1:]
+            states = self._call(self.model, pixels, output_hidden_states=True).hidden_states
+            states = states[len(states) - self.info.num_layers :]
             return [_as_tokens(states[layer - 1], pixels.shape[-2:]) for layer in layers]
         self._call(self.model, pixels)
         outputs = [_as_tokens(self._outputs[layer], pixels.shape[-2:]) for layer in layers]
@@ -98,15 +99,15 @@ class GenericBackbone(Backbone):
         return embedding.flatten(1)
 
     def truncate(self, layer: int) -> None:
-        twin = self._twin()
-        outputs: dict[int, Tensor] = {}
+        twin, outputs = self._twin(), dict[int, Tensor]()
         if self._blocks_path is not None:
-            _cut(self.blocks, layer)
-            blocks = twin.get_submodule(self._blocks_path)
-            _cut(blocks, layer)
-            _record(blocks, outputs)
+            _record(twin.get_submodule(self._blocks_path), outputs)
         states, _ = self._measure(twin, self._native)
-        _keep_unused_as_buffers(self.model, twin, [outputs[layer] if outputs else states[layer]])
+        states = states[len(states) - self.info.num_layers :]
+        unused = _unused(twin, [outputs[layer] if outputs else states[layer - 1]])
+        if self._blocks_path is not None and self._can_cut:
+            _cut(self.model, self._blocks_path, layer, unused)
+        _keep_as_buffers(self.model, unused)
 
     def layer_modules(self) -> Sequence[nn.Module]:
         return super().layer_modules() if self.blocks is None else list(self.blocks)
@@ -130,8 +131,9 @@ class GenericBackbone(Backbone):
 
     def _twin(self) -> Any:
         """The like of the whole model, without memory."""
-        with torch.device("meta"):
-            twin = AutoModel.from_config(self._model_config).eval()
+        # Some models of transformers 4 read numbers off tensors while they are built.
+        with torch.inference_mode(False), torch.device("cpu"), without_init():
+            twin = AutoModel.from_config(self._model_config).eval().to("meta")
         if getattr(self.model, "pooler", twin) is None:
             twin.pooler = None
         return twin
@@ -158,8 +160,8 @@ class GenericBackbone(Backbone):
             raise ConfigError(f"transformers' {kind!r} gives no hidden states, so no features of layers")
         return tuple(states), getattr(output, "pooler_output", None)
 
-    def _find_blocks(self, size: tuple[int, int]) -> str | None:
-        """Where the list is whose modules give the hidden states, and which can be cut.
+    def _find_blocks(self, size: tuple[int, int]) -> tuple[str | None, bool]:
+        """Where the list is whose modules give the hidden states, and whether the model runs without its end.
 
         The last hidden state may be another tensor than the last block's: some models give it after their
         final norm.
@@ -177,24 +179,24 @@ class GenericBackbone(Backbone):
             own = states[len(states) - count :]
             if any(own[number - 1] is not outputs[number] for number in range(1, max(count, 2))):
                 continue
+            _cut(twin, path, 1, _unused(twin, [outputs[1]]))
             try:
-                for kept in range(count - 1, 0, -1):
-                    _cut(twin.get_submodule(path), kept)
-                    self._measure(twin, size)
+                self._measure(twin, size)
             except ConfigError:
-                continue
-            return path
-        return None
+                return path, False
+            return path, True
+        return None, False
 
-    def _about_layers(self) -> str:
+    def _about_layers(self, count: int) -> str:
         if self.blocks is None:
             return (
-                "hidden_states[0] enters the first layer; no list of modules was found that gives the "
-                "others and can be cut, so the whole model runs and is held, whichever layer is asked for"
+                f"layers are the last {count} hidden states; no list of modules was found that gives them, "
+                "so the whole model runs and is held, whichever layer is asked for"
             )
+        whole = "" if self._can_cut else "; the model does not run without the last ones, so all are held"
         return (
-            f"layers are the {len(self.blocks)} modules of {self._blocks_path!r}, which give the hidden "
-            "states; the last one's output is taken as it is, without a norm after it"
+            f"layers are the {count} modules of {self._blocks_path!r}, which give the hidden "
+            f"states; the last one's output is taken as it is, without a norm after it{whole}"
         )
 
     def _size_step(self, twin: Any, size: tuple[int, int], shapes: Sequence[Shape]) -> int | None:
@@ -213,6 +215,13 @@ class GenericBackbone(Backbone):
         return step if found == expected else None
 
 
+def _count_layers(states: Sequence[Tensor], model_config: Any) -> int:
+    """How many of the hidden states layers give: most models give what enters the first one too."""
+    stages = getattr(model_config, "depths", None)
+    depth = getattr(model_config, "num_hidden_layers", None) if stages is None else len(stages)
+    return len(states) if len(states) == depth else len(states) - 1
+
+
 def _record(blocks: Iterable[nn.Module], outputs: dict[int, Tensor]) -> None:
     """Have blocks leave what they give in a mapping, by their number from 1."""
     for number, block in enumerate(blocks, start=1):
@@ -223,26 +232,33 @@ def _leave(outputs: dict[int, Tensor], number: int, block: nn.Module, given: Any
     outputs[number] = output[0] if isinstance(output, tuple) else output
 
 
-def _cut(blocks: Any, count: int) -> None:
-    del blocks[count:]
-
-
-def _keep_unused_as_buffers(model: Any, twin: Any, outputs: Sequence[Tensor]) -> None:
-    """Make buffers of parameters on which outputs of the twin do not depend.
-
-    Final norms, poolers and mask tokens: DDP would wait for their gradients.
-    """
-    names = dict(twin.named_parameters())
+def _unused(twin: Any, outputs: Sequence[Tensor]) -> set[str]:
+    """Names of parameters on which outputs of a twin do not depend."""
+    parameters = dict(twin.named_parameters())
     with torch.inference_mode(False), torch.enable_grad():
         total = torch.stack([output.float().sum() for output in outputs]).sum()
-        gradients = torch.autograd.grad(total, list(names.values()), allow_unused=True)
-    held = dict(model.named_parameters())
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None and name in held:
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None}
+
+
+def _cut(model: Any, blocks_path: str, layer: int, unused: set[str]) -> None:
+    """Free the blocks after a layer, and what of norms and linear maps comes after them."""
+    del model.get_submodule(blocks_path)[layer:]
+    for path, module in list(model.named_modules()):
+        own = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if isinstance(module, (nn.LayerNorm, nn.Linear)) and own and own <= unused:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, nn.Identity())
+
+
+def _keep_as_buffers(model: Any, unused: set[str]) -> None:
+    """Make buffers of parameters that no feature depends on, such as mask tokens: DDP would wait for them."""
+    for name, parameter in list(model.named_parameters()):
+        if name in unused:
             path, _, own = name.rpartition(".")
             owner = model.get_submodule(path)
             delattr(owner, own)
-            owner.register_buffer(own, held[name].data)
+            owner.register_buffer(own, parameter.data)
 
 
 def _as_tokens(state: Tensor, size: Sequence[int]) -> Float[Tensor, "b tokens d"]:

@@ -344,6 +344,7 @@ class Family:
         positions: position embeddings, a row for the class token first where there is one.
         pre_norm: the norm before the first block, of the model.
         resampling: settings of `torch.nn.functional.interpolate` for positions of other sizes.
+        loading: arguments of the library's `from_pretrained` that whole checkpoints need.
         any_size: whether it was trained on pictures of all sizes.
         assumptions: what the library does not say.
     """
@@ -361,6 +362,7 @@ class Family:
     positions: str | None = "position_embeddings"
     pre_norm: str | None = None
     resampling: Mapping[str, Any] = field(default_factory=lambda: _BICUBIC)
+    loading: Mapping[str, Any] = field(default_factory=dict)
     any_size: bool = False
     assumptions: tuple[str, ...] = ()
 
@@ -395,7 +397,7 @@ FAMILIES: dict[str, Family] = {
         config="Siglip2VisionConfig",
         model="Siglip2VisionModel",
         backbone=NaflexBackbone,
-        preprocess={**_HALF, "interpolation": "bilinear"},
+        preprocess={**_HALF, "resize": "flexible", "interpolation": "bilinear"},
         resampling={"mode": "bilinear", "align_corners": False, "antialias": True},
         any_size=True,
     ),
@@ -436,6 +438,7 @@ FAMILIES: dict[str, Family] = {
         patch_norm="rms_norm",
         class_token=None,
         positions="position_embedding.weight",
+        loading={"key_mapping": {"^vision_model[.]": ""}},
         assumptions=(
             "position embeddings of another size are resampled as SigLIP's are: its library takes one size",
         ),
