@@ -171,7 +171,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     )
     shards.add_argument(
         "--max-bad-share",
-        type=float,
+        type=_share,
         metavar="SHARE",
         help="unreadable pictures to leave out and list in bad_pictures.jsonl (default: 0.05)",
     )
@@ -292,6 +292,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+    return share
 
 
 def _layers(text: str) -> int | list[int]:

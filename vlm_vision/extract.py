@@ -120,7 +120,7 @@ def extract_features(
             weights=weights,
             layers=() if pooled else tower.layers,
             select="pooled" if pooled else tower.config.select,
-            dtype=tower.config.dtype,
+            dtype=str(tower.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # pydantic checks it
             shape=encoder.shape,
             format=format or "safetensors",
             shard_size=shard_size or _default_shard_size(encoder.row_bytes, len(pictures)),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import tiny_tower
 
 from vlm_vision import VisionTower
+from vlm_vision.cli import main
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.extract import Extraction, _default_shard_size, extract_features, extract_file
 from vlm_vision.feature_shards import FeatureShards
@@ -344,6 +345,59 @@ def test_several_processes_need_a_launcher_and_a_folder(
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2: start it with torchrun"):
         extract(pictures, tmp_path / "out")
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Status, what was printed, and the error."""
+    status = main(["features", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err[printed.err.find("error: ") :]
+
+
+def test_the_command_writes_a_folder_and_tells_what_was_left_out(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower, output = tmp_path / "tower", tmp_path / "out"
+    tiny_tower(pooled_head=True).save_pretrained(tower)
+    (pictures / "05.png").write_bytes(b"<html>")
+    arguments = (tower, pictures, "-o", output, "--select", "pooled", "--max-bad-share", 0.1, "--workers", 1)
+    status, printed, _ = command(capsys, *arguments)
+    assert status == 0
+    assert printed.startswith(
+        f"{output}: features [32] float32 of 10 pictures in 1 safetensors shard(s); went"
+    )
+    assert f"1 left out, listed in {output / 'bad_pictures.jsonl'}" in printed
+    assert FeatureShards(output).manifest.tower == str(tower)
+    status, printed, _ = command(capsys, *arguments)
+    assert status == 0
+    assert "went through" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-o", "f.safetensors", "--shard-size", "4"), "--shard-size is for a folder"),
+        (("-o", "f.parquet"), "-o FOLDER --format parquet"),
+        (("-o", "f", "--select", "pooled", "--layer=-2"), "give no --layer"),
+        (("-o", "f", "--max-bad-share", "5"), "must be a number from 0 to 1, not '5'"),
+        (("-o", "f", "--max-bad-share", "nan"), "must be a number from 0 to 1, not 'nan'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_read(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, told = command(capsys, "absent-tower", "absent.png", *options)
+    assert status == 2
+    assert message in told
+
+
+def test_a_tower_that_was_cast_is_noted_as_it_is(pictures: Path, tmp_path: Path) -> None:
+    extract(pictures, tmp_path / "out", tiny_tower().to(torch.bfloat16))
+    assert FeatureShards(tmp_path / "out").manifest.dtype == "bfloat16"
+    assert FeatureShards(tmp_path / "out")["00.png"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
