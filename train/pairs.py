@@ -126,7 +126,7 @@ class TrainingPairs(Dataset[Any]):
         self, pairs: Pairs, processor: ImageProcessor, tokenizer: Tokenizer, config: AugmentConfig, seed: int
     ) -> None:
         self.pairs, self.augment, self.seed = pairs, config, seed
-        self.side = processor.config.image_size
+        self.size = processor.config.image_size
         self.tokenizer = tokenizer
 
     def __len__(self) -> int:
@@ -145,7 +145,7 @@ class TrainingPairs(Dataset[Any]):
         for epoch, index in keys:
             random = np.random.default_rng([self.seed, epoch, index])
             image, used = self._open(index, bad)
-            squares.append(np.asarray(augment(image, self.side, self.augment, random)))
+            squares.append(np.asarray(augment(image, self.size, self.augment, random)))
             captions, templates = self.pairs.captions(used), self.pairs.config.templates
             caption = captions[random.integers(len(captions))]
             texts.append(templates[random.integers(len(templates))].replace("{}", caption))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,48 @@ class BackboneInfo:
     @property
     def num_layers(self) -> int:
         return len(self.widths)
+
+
+Shape = tuple[int, int, int]
+"""Channels, rows and columns after a layer."""
+
+
+def at_size(preprocess: PreprocessConfig, image_size: int | tuple[int, int], step: int) -> PreprocessConfig:
+    """Settings for pictures of another size.
+
+    Raises:
+        ConfigError: its sides are no multiples of `step`.
+    """
+    resized = preprocess.at_size(image_size)
+    if resized.height % step or resized.width % step:
+        raise ConfigError(f"image_size {image_size}: both sides must be multiples of {step} pixels")
+    return resized
+
+
+def grids_of_strides(preprocess: PreprocessConfig, strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Rows and columns after stages that reduce a picture by these factors."""
+    return tuple((preprocess.height // stride, preprocess.width // stride) for stride in strides)
+
+
+def find_size_step(
+    size: tuple[int, int],
+    shapes: Sequence[Shape],
+    measure: Callable[[tuple[int, int]], Sequence[Shape] | None],
+) -> int | None:
+    """The step of sizes that a model takes call by call, found by trying one beside the native.
+
+    Args:
+        size: the native one, at which the layers have `shapes`.
+        measure: shapes at another size, or None where the model does not take it.
+    """
+    _, rows, columns = shapes[-1]
+    step = size[0] // rows
+    if size[0] % rows or size[1] != step * columns:
+        return None
+    other = (size[0] + step, size[1] + 2 * step)
+    expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
+    found = measure(other)
+    return step if found is not None and list(found) == expected else None
 
 
 class Backbone(nn.Module, ABC):

@@ -254,7 +254,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     index.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the index")
     index.add_argument("--batch-size", type=_positive, default=64, help="pictures at once (default: 64)")
     index.add_argument(
-        "--max-bad-share", type=float, default=0.05, help="unreadable pictures to leave out (default: 0.05)"
+        "--max-bad-share", type=_share, default=0.05, help="unreadable pictures to leave out (default: 0.05)"
     )
     index.add_argument("--faiss", metavar="FILE", help="also write a faiss index")
 

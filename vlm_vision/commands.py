@@ -377,11 +377,6 @@ def _pictures(given: Sequence[str]) -> list[Path]:
     ]
 
 
-def _batches(pictures: list[Path], size: int) -> Iterator[list[Path]]:
-    for start in range(0, len(pictures), size):
-        yield pictures[start : start + size]
-
-
 def _class_names(given: str) -> list[str]:
     """Names of a file, one per line, or between commas."""
     is_file = Path(given).is_file()

@@ -6,13 +6,12 @@ by its feature, never by a version number. `make test-pinned` runs the core's te
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import Attention
@@ -80,20 +79,6 @@ def is_autocasting(device_type: str) -> bool:
 def clip_vision_trunk(model: Any) -> Any:
     """The module that holds CLIP's embeddings, encoder and norms: transformers 5 dropped its inner level."""
     return getattr(model, "vision_model", model)
-
-
-def encoder_blocks(encoder: Any) -> nn.ModuleList:
-    """An encoder's blocks: `layer` or `layers`, by the model and by the version of transformers."""
-    blocks: nn.ModuleList = getattr(encoder, "layer", None) or encoder.layers
-    return blocks
-
-
-def run_block(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Run an encoder block of transformers: older ones demand masks and return tuples."""
-    masks = [name for name in inspect.signature(block.forward).parameters if name.endswith("attention_mask")]
-    output = block(hidden, *[None] * len(masks))
-    following: Tensor = output[0] if isinstance(output, tuple) else output
-    return following
 
 
 def config_fields(config: Any) -> dict[str, Any]:

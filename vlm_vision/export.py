@@ -23,7 +23,7 @@ from vlm_vision.tower_config import PreprocessConfig
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # Our names of a backbone's parts, and the names that its library's own model gives them.
-_LIBRARY_NAMES = {
+LIBRARY_NAMES = {
     "open_clip": {"backbone.visual.": "visual."},
     "transformers": {
         "backbone.embeddings.": "vision_model.embeddings.",
@@ -200,7 +200,7 @@ def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:
     """
     tower = model.tower if isinstance(model, DualEncoder) else model
     source = tower.backbone.portable_config().name
-    prefixes = _LIBRARY_NAMES.get(source, {})
+    prefixes = LIBRARY_NAMES.get(source, {})
     names = {}
     for name in model.state_dict():
         inner = name.removeprefix("tower.") if model is not tower else name

@@ -40,7 +40,7 @@ from vlm_vision.feature_shards import (
 )
 from vlm_vision.feature_stream import Encoder, FilledShard, ShardBuffer, Work, stream_features
 from vlm_vision.files import whole_file
-from vlm_vision.picture_list import Picture, check_names, hash_of, list_pictures
+from vlm_vision.picture_list import ListedPicture, check_names, hash_of, list_pictures
 from vlm_vision.progress import progress_bar
 from vlm_vision.tower import VisionTower
 from vlm_vision.weights import fingerprint
@@ -287,13 +287,13 @@ def _take_over(folder: Path, manifest: Manifest, row_bytes: int) -> _Start:
 
 
 def _works(
-    pictures: Sequence[Picture], manifest: Manifest, shards: Iterable[int], batch_size: int
+    pictures: Sequence[ListedPicture], manifest: Manifest, shards: Iterable[int], batch_size: int
 ) -> Iterator[Work]:
     for shard in shards:
         yield from _batches(shard, pictures[manifest.rows(shard)], batch_size)
 
 
-def _batches(shard: int, pictures: Sequence[Picture], size: int) -> Iterator[Work]:
+def _batches(shard: int, pictures: Sequence[ListedPicture], size: int) -> Iterator[Work]:
     for start in range(0, len(pictures), size):
         yield Work(shard, pictures[start : start + size], is_last=start + size >= len(pictures))
 
@@ -371,7 +371,7 @@ class _Ranks:
         while (number := self.add("claimed") - 1) < len(shards):
             yield shards[number]
 
-    def share(self, folder: Path, pictures: Sequence[Picture], start: _Start) -> None:
+    def share(self, folder: Path, pictures: Sequence[ListedPicture], start: _Start) -> None:
         """Tell the others what rank 0 found; the list of pictures by way of the folder, for its size."""
         if self.world == 1:
             return
@@ -379,7 +379,7 @@ class _Ranks:
             partial.write_text(json.dumps(pictures), encoding="utf-8")
         self._store.set("start", json.dumps([start.manifest.model_dump(), *start[1:]]))
 
-    def shared(self, folder: Path) -> tuple[list[Picture], _Start]:
+    def shared(self, folder: Path) -> tuple[list[ListedPicture], _Start]:
         """What rank 0 told, once it has.
 
         Raises:
@@ -391,7 +391,7 @@ class _Ranks:
             raise DataError(
                 f"process {self.rank} does not see {path}: all machines must share the folder of the output"
             )
-        pictures = [Picture(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        pictures = [ListedPicture(*entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
         return pictures, _Start(Manifest(**manifest), *rest)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vlm_vision.config import Config, validate
 from vlm_vision.errors import ConfigError, DataError, require
 from vlm_vision.files import whole_file
-from vlm_vision.tower_config import DType
+from vlm_vision.tower_config import DType, Select
 
 MANIFEST_FILE, INDEX_FILE, BAD_FILE = "features.json", "index.jsonl", "bad_pictures.jsonl"
 ShardFormat = Literal["safetensors", "parquet"]
@@ -43,7 +43,7 @@ class Manifest(Config):
         tower: the source it was loaded from, as it was typed.
         weights: fingerprint of the tower's weights and preprocessing.
         layers: counted from 1; none for the pooled embedding.
-        select: as in `TowerConfig`, or `pooled`.
+        select: as in `TowerConfig`.
         dtype: of the weights and of the features.
         shape: of one picture's features, [N,D], or [E] when pooled.
         shard_size: pictures of a shard, those left out included; the last may have fewer.
@@ -55,7 +55,7 @@ class Manifest(Config):
     tower: str
     weights: str
     layers: tuple[int, ...]
-    select: Literal["patch", "cls_patch", "cls", "pooled"]
+    select: Select
     dtype: DType
     shape: tuple[int, ...]
     format: ShardFormat

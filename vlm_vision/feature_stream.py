@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.feature_shards import Bad
-from vlm_vision.picture_list import Picture, open_pictures
+from vlm_vision.picture_list import ListedPicture, open_pictures
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower import VisionTower
 
@@ -54,7 +54,7 @@ class Work(NamedTuple):
     """Pictures of one batch; a batch is of one shard, and `is_last` of it or not."""
 
     shard: int
-    pictures: Sequence[Picture]
+    pictures: Sequence[ListedPicture]
     is_last: bool
 
 

@@ -1,12 +1,14 @@
-"""Which layers and which tokens of a backbone a tower gives."""
+"""Which layers and which tokens of a backbone a tower gives, and features on other grids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import LayerList, Select
@@ -68,3 +70,15 @@ def select_tokens(
     if prefix_tokens == 1:
         return tokens
     return torch.cat([tokens[..., :1, :], tokens[..., prefix_tokens:, :]], dim=-2)
+
+
+def on_grid(
+    tokens: Float[Tensor, "b n d"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "b m d"]:
+    """Features on another grid, as Cambrian's encoders put them (bilinear, corners not aligned)."""
+    if old == new:
+        return tokens
+    plane = rearrange(tokens, "b (h w) d -> b d h w", h=old[0])
+    moved = interpolate(plane.float(), size=new, mode="bilinear", align_corners=False).to(tokens.dtype)
+    joined: Tensor = rearrange(moved, "b d h w -> b (h w) d")
+    return joined

@@ -25,7 +25,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class Picture(NamedTuple):
+class ListedPicture(NamedTuple):
     """Where a picture is.
 
     Attributes:
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
         return self.file if self.offset is None else f"{self.file}: {self.name}"
 
 
-def list_pictures(sources: Sequence[str | Path]) -> list[Picture]:
+def list_pictures(sources: Sequence[str | Path]) -> list[ListedPicture]:
     """The pictures of files, folders (with subfolders) and tars, in the order given; of a folder, by name.
 
     Args:
@@ -71,13 +71,13 @@ def expand_sources(sources: Sequence[str | Path]) -> list[str]:
     return paths
 
 
-def check_names(pictures: Sequence[Picture]) -> None:
+def check_names(pictures: Sequence[ListedPicture]) -> None:
     """Names must tell pictures apart.
 
     Raises:
         DataError: two pictures have one name, or a name is not text.
     """
-    seen: dict[str, Picture] = {}
+    seen: dict[str, ListedPicture] = {}
     for picture in pictures:
         first = seen.setdefault(picture.name, picture)
         if first is not picture:
@@ -89,7 +89,7 @@ def check_names(pictures: Sequence[Picture]) -> None:
             raise DataError(f"the name {picture.name!r} is not UTF-8 ({picture.place}): rename the picture")
 
 
-def hash_of(pictures: Iterable[Picture]) -> str:
+def hash_of(pictures: Iterable[ListedPicture]) -> str:
     """What tells this list from another: the names in their order, and the sizes that are known."""
     digest = sha256()
     for picture in pictures:
@@ -97,7 +97,7 @@ def hash_of(pictures: Iterable[Picture]) -> str:
     return digest.hexdigest()
 
 
-def open_pictures(pictures: Iterable[Picture]) -> Iterator[Image.Image | DataError]:
+def open_pictures(pictures: Iterable[ListedPicture]) -> Iterator[Image.Image | DataError]:
     """Open one after another as RGB; in place of a picture that cannot be read, the reason.
 
     Raises:
@@ -144,7 +144,7 @@ def _expand(source: str) -> list[str]:
     return [whole for part in parts for whole in _expand(f"{before}{part}{after}")]
 
 
-def _pictures_of(source: str) -> Iterator[Picture]:
+def _pictures_of(source: str) -> Iterator[ListedPicture]:
     path = Path(source)
     if path.is_dir():
         try:
@@ -152,16 +152,16 @@ def _pictures_of(source: str) -> Iterator[Picture]:
         except DataError as error:
             hint = f"; its tar files are given as {path}/*.tar" if any(path.glob("*.tar")) else ""
             raise DataError(f"{error}{hint}") from None
-        yield from (Picture(file.relative_to(path).as_posix(), str(file)) for file in found)
+        yield from (ListedPicture(file.relative_to(path).as_posix(), str(file)) for file in found)
     elif path.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise DataError(f"{path}: a compressed tar has to be read from its start; unpack it to a .tar first")
     elif path.suffix.lower() == ".tar":
         yield from _pictures_of_tar(source)
     else:
-        yield Picture(source, source)
+        yield ListedPicture(source, source)
 
 
-def _pictures_of_tar(path: str) -> list[Picture]:
+def _pictures_of_tar(path: str) -> list[ListedPicture]:
     found = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -174,7 +174,7 @@ def _pictures_of_tar(path: str) -> list[Picture]:
                         "pack it with tar --dereference --hard-dereference, without --sparse"
                     )
                 name = member.name.removeprefix("./")
-                found.append(Picture(name, path, member.offset_data, member.size))
+                found.append(ListedPicture(name, path, member.offset_data, member.size))
             end = tar.offset
     except tarfile.TarError as error:
         raise DataError(f"{path}: is no tar, or is cut off: {error}") from error

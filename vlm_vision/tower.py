@@ -145,8 +145,8 @@ class VisionTower(nn.Module):
         """
         with attention_kernel(self.config.attention):
             if isinstance(pixels, Tensor):
-                return self._features(self._checked(pixels, interpolate))
-            pictures = [self._checked(picture[None], interpolate)[0] for picture in pixels]
+                return self._features(self.check_pixels(pixels, interpolate))
+            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in pixels]
             if len({picture.shape for picture in pictures}) == 1:
                 return self._features(torch.stack(pictures))
             if not pictures:
@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         batch = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
         with attention_kernel(self.config.attention):
-            return self.backbone.pooled(self._checked(batch, interpolate))
+            return self.backbone.pooled(self.check_pixels(batch, interpolate))
 
     def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         if self.config.select == "pooled":
@@ -190,8 +190,12 @@ class VisionTower(nn.Module):
         chosen = [select_tokens(by_layer[layer], self.config.select, prefix_tokens) for layer in self.layers]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
-    def _checked(self, batch: Tensor, interpolate: bool) -> Float[Tensor, "b 3 h w"]:
-        """Pixels on the tower's device and in its dtype, if their size is one that it takes."""
+    def check_pixels(self, batch: Tensor, interpolate: bool) -> Float[Tensor, "b 3 h w"]:
+        """Pixels on the tower's device and in its dtype, if their size is one that it takes.
+
+        Raises:
+            ConfigError: it is not.
+        """
         info = self.backbone.info
         native = (3, info.preprocess.height, info.preprocess.width)
         if batch.ndim != 4 or batch.shape[1] != 3 or tuple(batch.shape[1:]) != native:

@@ -90,7 +90,7 @@ class TowerConfig(Config):
     backbone: Annotated[BackboneConfig, Variant(BACKBONES)]
     layer: int | tuple[int, ...] | LayerList | None = None
     select: Select = "patch"
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    image_size: Size | None = None
     dtype: DType = "float32"
     pooled_head: bool = False
     attention: Attention = "auto"

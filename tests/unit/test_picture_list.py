@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm_vision.errors import DataError
-from vlm_vision.picture_list import Picture, check_names, hash_of, list_pictures, open_pictures
+from vlm_vision.picture_list import ListedPicture, check_names, hash_of, list_pictures, open_pictures
 from vlm_vision.preprocess import open_image
 
 
@@ -41,7 +41,7 @@ def names(*sources: str | Path) -> list[str]:
     return [picture.name for picture in list_pictures(sources)]
 
 
-def opened(picture: Picture) -> np.ndarray:
+def opened(picture: ListedPicture) -> np.ndarray:
     (image,) = open_pictures([picture])
     assert isinstance(image, Image.Image), image
     return np.asarray(image)
@@ -162,11 +162,11 @@ def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
     ):
         check_names(list_pictures([first, second]))
     with pytest.raises(DataError, match=r"'b\\udcff.png' is not UTF-8"):
-        check_names([Picture("b\udcff.png", "b\udcff.png")])
+        check_names([ListedPicture("b\udcff.png", "b\udcff.png")])
 
 
 def test_the_hash_tells_names_order_and_size() -> None:
-    a, b = Picture("a", "1.tar", 0, 5), Picture("b", "1.tar", 512, 5)
+    a, b = ListedPicture("a", "1.tar", 0, 5), ListedPicture("b", "1.tar", 512, 5)
     assert hash_of([a, b]) == hash_of([a._replace(file="moved/1.tar"), b])
     others = [[b, a], [a], [a, b._replace(size=6)], [a, b._replace(name="c")]]
     assert len({hash_of(pictures) for pictures in [[a, b], *others]}) == 5

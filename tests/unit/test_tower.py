@@ -165,7 +165,7 @@ def test_the_check_finds_wrong_facts_and_names_every_clause() -> None:
 
 def test_the_check_finds_pixels_that_are_not_refused_and_a_hidden_no_grad() -> None:
     tower = tower_of("open_clip ModifiedResNet")
-    tower._checked = lambda batch, interpolate: batch[:, :3] * 1.0  # type: ignore[method-assign]
+    tower.check_pixels = lambda batch, interpolate: batch[:, :3] * 1.0  # type: ignore[method-assign]
     tower.forward = torch.no_grad()(tower.forward)  # type: ignore[method-assign]
     with pytest.raises(ContractError) as caught:
         check_tower(tower)

@@ -8,8 +8,9 @@ in memory. The arithmetic is the modules' own, in their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -48,16 +49,17 @@ class PlainBlock:
 
 def run_blocks(
     blocks: Sequence[nn.Module],
-    tokens: Float[Tensor, "b n d"],
+    tokens: Float[Tensor, "b ..."],
     layers: Sequence[int],
     *,
     run: Callable[[nn.Module, Tensor], Tensor],
     plain: Callable[[nn.Module], PlainBlock | None],
     checkpointing: bool = False,
-) -> list[Float[Tensor, "b n d"]]:
+) -> list[Float[Tensor, "b ..."]]:
     """Outputs of the given layers (ascending, from 1); none past the last is run.
 
     Args:
+        tokens: [B,N,D], or maps [B,D,H,W] of stages, none of which is plain.
         run: a block's own forward, from tokens to tokens.
         plain: the parts of a block that is plain, else None.
         checkpointing: keep only what enters a block, and run it again in the backward pass.
@@ -82,6 +84,30 @@ def run_blocks(
             outputs.append(tokens)
             owned = False
     return outputs
+
+
+def resample_positions(
+    positions: Float[Tensor, "tokens d"],
+    prefix: int,
+    old: Sequence[int],
+    new: Sequence[int],
+    settings: Mapping[str, Any],
+) -> Float[Tensor, "new_tokens d"]:
+    """Position embeddings for another grid, those of prefix tokens kept.
+
+    Matches `interpolate_pos_encoding` of transformers' models and `resize_pos_embed` of open_clip's model.py;
+    computed in float32, as half precision moves the embeddings. At the grid they have they are given back as
+    they are.
+
+    Args:
+        settings: of `torch.nn.functional.interpolate`, in which the libraries differ.
+    """
+    if tuple(old) == tuple(new):
+        return positions
+    plane = rearrange(positions[prefix:], "(h w) d -> 1 d h w", h=old[0], w=old[1])
+    resampled = functional.interpolate(plane.float(), size=tuple(new), **settings)
+    rows = rearrange(resampled, "1 d h w -> (h w) d").to(positions.dtype)
+    return torch.cat([positions[:prefix], rows]) if prefix else rows
 
 
 def quick_gelu_(values: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -13,7 +12,7 @@ from torch.nn.functional import interpolate
 from vlm_vision.backbone import Backbone, BackboneInfo
 from vlm_vision.backbones.config import FusedConfig
 from vlm_vision.errors import ConfigError
-from vlm_vision.features import resolve_layers
+from vlm_vision.features import on_grid, resolve_layers
 from vlm_vision.tower_config import PreprocessConfig
 
 
@@ -74,7 +73,7 @@ class FusedBackbone(Backbone):
             seen = _as_seen_by(pixels, self.info.preprocess, part.info.preprocess)
             tokens = part.forward_layers(seen, [layer])[0][:, part.info.prefix_tokens :]
             features.append(
-                tokens if self._config.join == "tokens" else _on_grid(tokens, grid, self.info.grids[0])
+                tokens if self._config.join == "tokens" else on_grid(tokens, grid, self.info.grids[0])
             )
         return [torch.cat(features, dim=1 if self._config.join == "tokens" else 2)]
 
@@ -118,15 +117,3 @@ def _as_seen_by(
         for values in (prepared.mean, prepared.std, wanted.mean, wanted.std)
     )
     return pixels * (std / own_std) + (mean - own_mean) / own_std
-
-
-def _on_grid(
-    tokens: Float[Tensor, "b n d"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[Tensor, "b m d"]:
-    """Features on another grid, as Cambrian's encoders put them (bilinear, corners not aligned)."""
-    if old == new:
-        return tokens
-    plane = rearrange(tokens, "b (h w) d -> b d h w", h=old[0])
-    moved = interpolate(plane.float(), size=new, mode="bilinear", align_corners=False).to(tokens.dtype)
-    joined: Tensor = rearrange(moved, "b d h w -> b (h w) d")
-    return joined

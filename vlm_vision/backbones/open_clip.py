@@ -23,12 +23,10 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
-from torch.utils.checkpoint import checkpoint
 
-from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
 from vlm_vision.backbones.config import OpenClipConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
+from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, resample_positions, run_blocks
 from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.layouts import read_converted
@@ -38,6 +36,8 @@ from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import find_weights_file, load_strict, without_init
 
 RANDOM = "none"
+RESAMPLING = {"mode": "bicubic", "antialias": True, "align_corners": False}  # of `resize_pos_embed`
+RESNET_STRIDES = (4, 4, 8, 16, 32)
 # Beside the towers: CoCa's decoder, which a dual encoder leaves out, and SigLIP's bias.
 KNOWN = ("visual.", "text.", "text_decoder.", "logit_scale", "logit_bias")
 
@@ -175,7 +175,7 @@ class VitBackbone(_NativeBackbone):
     def _embed(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b tokens d"]:
         visual = self.visual
         maps = visual.conv1(pixels)
-        positions = _resample_positions(visual.positional_embedding, visual.grid_size, maps.shape[-2:])
+        positions = _positions_at(visual.positional_embedding, visual.grid_size, maps.shape[-2:])
         patches = rearrange(maps, "b d h w -> b (h w) d")
         cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         tokens = torch.cat([cls, patches], dim=1) + positions.to(patches.dtype)
@@ -190,14 +190,13 @@ class VitBackbone(_NativeBackbone):
         return list(self.visual.transformer.resblocks)
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
-        visual, preprocess = self.visual, self.info.preprocess.at_size(image_size)
-        size, step = (preprocess.height, preprocess.width), visual.patch_size[0]
-        if size[0] % step or size[1] % step:
-            raise ConfigError(f"image_size {image_size}: both sides must be multiples of {step} pixels")
+        visual, step = self.visual, self.visual.patch_size[0]
+        preprocess = at_size(self.info.preprocess, image_size, step)
+        size = (preprocess.height, preprocess.width)
         grid = (size[0] // step, size[1] // step)
         old = visual.positional_embedding
         with torch.no_grad():
-            new = _resample_positions(old, visual.grid_size, grid)
+            new = _positions_at(old, visual.grid_size, grid)
         visual.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
         visual.grid_size, visual.image_size = grid, size
         self.info = replace(self.info, grids=(grid,) * self.info.num_layers, preprocess=preprocess)
@@ -217,30 +216,30 @@ class ResNetBackbone(_NativeBackbone):
         width = visual.layer1[0].conv1.out_channels
         self.info = BackboneInfo(
             widths=(width, *(width * 4 * 2**stage for stage in range(4))),
-            grids=self._grids(preprocess),
+            grids=grids_of_strides(preprocess, RESNET_STRIDES),
             prefix_tokens=0,
             default_layer=-1,
             embed_dim=visual.output_dim,
             preprocess=preprocess,
-            size_step=32,
+            size_step=RESNET_STRIDES[-1],
         )
-
-    @staticmethod
-    def _grids(preprocess: PreprocessConfig) -> tuple[tuple[int, int], ...]:
-        size = (preprocess.height, preprocess.width)
-        return tuple((size[0] // stride, size[1] // stride) for stride in (4, 4, 8, 16, 32))
 
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        hidden, outputs = self.visual.stem(pixels), []
-        for number, stage in enumerate([None, *self._stages()][: layers[-1]], start=1):
-            if stage is not None:
-                learns = self._checkpointing and torch.is_grad_enabled()
-                hidden = checkpoint(stage, hidden, use_reentrant=False) if learns else stage(hidden)
-            if number in layers:
-                outputs.append(rearrange(hidden, "b d h w -> b (h w) d"))
-        return outputs
+        maps = [self.visual.stem(pixels)]
+        later = [layer - 1 for layer in layers if layer > 1]
+        if later:
+            maps += run_blocks(
+                self._stages(),
+                maps[0],
+                later,
+                run=_run_block,
+                plain=_plain_block,
+                checkpointing=self._checkpointing,
+            )
+        asked = maps if layers[0] == 1 else maps[1:]
+        return [rearrange(features, "b d h w -> b (h w) d") for features in asked]
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         native = (self.info.preprocess.height, self.info.preprocess.width)
@@ -261,14 +260,12 @@ class ResNetBackbone(_NativeBackbone):
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
         """Another size of pictures; position embeddings are in the pooling only, and are resampled there."""
-        preprocess = self.info.preprocess.at_size(image_size)
-        if preprocess.height % 32 or preprocess.width % 32:
-            raise ConfigError(f"image_size {image_size}: both sides must be multiples of 32 pixels")
-        grids, pooling = self._grids(preprocess), self.visual.attnpool
+        preprocess = at_size(self.info.preprocess, image_size, RESNET_STRIDES[-1])
+        grids, pooling = grids_of_strides(preprocess, RESNET_STRIDES), self.visual.attnpool
         if not isinstance(pooling, nn.Identity):
             old = pooling.positional_embedding
             with torch.no_grad():
-                new = _resample_positions(old, self.info.grids[-1], grids[-1])
+                new = _positions_at(old, self.info.grids[-1], grids[-1])
             pooling.positional_embedding = nn.Parameter(new, requires_grad=old.requires_grad)
         self.info = replace(self.info, grids=grids, preprocess=preprocess)
 
@@ -346,22 +343,10 @@ def _plain_block(block: Any) -> PlainBlock | None:
     )
 
 
-def _resample_positions(
+def _positions_at(
     positions: Float[Tensor, "tokens d"], old: Sequence[int], new: Sequence[int]
 ) -> Float[Tensor, "new_tokens d"]:
-    """Position embeddings for another grid, those of the class token kept.
-
-    Matches `resize_pos_embed` of open_clip's model.py; at the grid they have they are given back as they are.
-    """
-    if tuple(old) == tuple(new):
-        return positions
-    prefix, patches = positions[:1], positions[1:]
-    plane = rearrange(patches, "(h w) d -> 1 d h w", h=old[0], w=old[1])
-    resampled = interpolate(
-        plane.float(), size=tuple(new), mode="bicubic", antialias=True, align_corners=False
-    )
-    rows = rearrange(resampled, "1 d h w -> (h w) d").to(positions.dtype)
-    return torch.cat([prefix, rows])
+    return resample_positions(positions, 1, old, new, RESAMPLING)
 
 
 def build_visual(architecture: Mapping[str, Any]) -> nn.Module:

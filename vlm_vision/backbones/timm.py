@@ -6,6 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from timm.data import resolve_model_data_config
 from timm.layers import Format
 from torch import Tensor, nn
 
-from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbone import Backbone, BackboneInfo, Shape, find_size_step
 from vlm_vision.backbones.config import TimmConfig
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import load_strict, read_state_dict, without_init
 
 RANDOM = "none"
-Shape = tuple[int, int, int]
 
 
 def list_models() -> list[str]:
@@ -90,7 +90,9 @@ class TrunkBackbone(Backbone):
         takes_prefix = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
         prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
         _take_any_size(trunk)
-        twin_model, twin_trunk = self._build_twin()
+        # A model without memory is measured itself; as a tower's part it is in evaluation mode too.
+        is_meta = any(parameter.is_meta for parameter in model.parameters())
+        twin_model, twin_trunk = (model.eval(), trunk) if is_meta else self._build_twin()
         size = (preprocess.height, preprocess.width)
         try:
             shapes = _shapes(twin_trunk, size)
@@ -105,7 +107,7 @@ class TrunkBackbone(Backbone):
             default_layer=-2 if len(set(shapes)) == 1 < len(shapes) else -1,
             embed_dim=int(embed_dim),
             preprocess=preprocess,
-            size_step=_size_step(twin_trunk, size, shapes),
+            size_step=find_size_step(size, shapes, partial(_shapes_or_none, twin_trunk)),
         )
 
     @property
@@ -227,16 +229,9 @@ def _shapes(trunk: Any, size: tuple[int, int]) -> list[Shape]:
     return [(int(features.shape[1]), int(features.shape[2]), int(features.shape[3])) for features in maps]
 
 
-def _size_step(trunk: Any, size: tuple[int, int], shapes: Sequence[Shape]) -> int | None:
-    """The step of sizes that a trunk takes call by call, found by trying one beside the native."""
-    _, rows, columns = shapes[-1]
-    step = size[0] // rows
-    if size[0] % rows or size[1] != step * columns:
-        return None
-    other = (size[0] + step, size[1] + 2 * step)
-    expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
+def _shapes_or_none(trunk: Any, size: tuple[int, int]) -> list[Shape] | None:
     try:
-        return step if _shapes(trunk, other) == expected else None
+        return _shapes(trunk, size)
     except (AssertionError, RuntimeError):
         return None
 

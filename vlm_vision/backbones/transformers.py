@@ -16,8 +16,8 @@ from transformers.utils import cached_file, logging
 
 from vlm_vision.backbone import Backbone
 from vlm_vision.backbones.config import PUBLISHED, TransformersConfig
-from vlm_vision.backbones.transformers_any import GENERIC_PREPROCESS, HEADS, GenericBackbone
-from vlm_vision.backbones.transformers_vit import FAMILIES, VISION_PART, patch_size
+from vlm_vision.backbones.transformers_any import HEADS, GenericBackbone
+from vlm_vision.backbones.transformers_vit import FAMILIES, IMAGENET, VISION_PART, patch_size
 from vlm_vision.compat import clip_vision_trunk
 from vlm_vision.errors import ConfigError, DataError, WeightsError, first_line
 from vlm_vision.layouts import read_converted
@@ -48,7 +48,7 @@ def build(config: TransformersConfig, *, load_weights: bool = True) -> Backbone:
     family = FAMILIES.get(content["model_type"])
     if family is None:
         model_config = _any_config(content)
-        preprocess = _preprocess(config, weights, model_config, GENERIC_PREPROCESS)
+        preprocess = _preprocess(config, weights, model_config, IMAGENET)
         model, missing = _load(AutoModel, model_config, weights, HEADS, may_miss=POOLER)
         if missing:
             model.pooler = None

@@ -15,17 +15,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbone import Backbone, BackboneInfo, Shape, at_size, find_size_step
 from vlm_vision.backbones.config import TransformersConfig
+from vlm_vision.compat import config_fields
 from vlm_vision.errors import ConfigError, first_line
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import without_init
 
-GENERIC_PREPROCESS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_rounding": "down"}
 # Beginnings of the names of tensors that models for a task hold beside the model that AutoModel takes.
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "decoder.", "lm_head.", "pooler.")
 INTERPOLATE = "interpolate_pos_encoding"
-Shape = tuple[int, int, int]
 
 
 class GenericBackbone(Backbone):
@@ -52,7 +51,7 @@ class GenericBackbone(Backbone):
         super().__init__()
         self.model, self._model_config = model, model_config
         self._portable = config.model_copy(
-            update={"architecture": model_config.to_dict(), "preprocess": preprocess}
+            update={"architecture": config_fields(model_config), "preprocess": preprocess}
         )
         self._native = size = (preprocess.height, preprocess.width)
         self._outputs: dict[int, Tensor] = {}
@@ -69,7 +68,7 @@ class GenericBackbone(Backbone):
             default_layer=-2 if len(set(shapes)) == 1 < len(shapes) else -1,
             embed_dim=None if pooled is None else int(pooled.flatten(1).shape[1]),
             preprocess=preprocess,
-            size_step=self._size_step(twin, size, shapes),
+            size_step=find_size_step(size, shapes, partial(self._shapes_at, twin, count)),
             assumptions=(self._about_layers(count), about_tokens),
         )
         if self.blocks is not None:
@@ -117,17 +116,17 @@ class GenericBackbone(Backbone):
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
         """Another size as the native one; the library resamples positions in every call."""
-        preprocess, step = self.info.preprocess.at_size(image_size), self.info.size_step
+        step = self.info.size_step
         if step is None:
-            super().resize(image_size)
-        elif preprocess.height % step or preprocess.width % step:
-            raise ConfigError(f"image_size {image_size}: both sides must be multiples of {step} pixels")
+            return super().resize(image_size)
+        preprocess = at_size(self.info.preprocess, image_size, step)
         height, width = self.info.preprocess.height, self.info.preprocess.width
         grids = tuple(
             (rows * preprocess.height // height, columns * preprocess.width // width)
             for rows, columns in self.info.grids
         )
         self.info = replace(self.info, grids=grids, preprocess=preprocess)
+        return None
 
     def _twin(self) -> Any:
         """The like of the whole model, without memory."""
@@ -199,20 +198,13 @@ class GenericBackbone(Backbone):
             f"states; the last one's output is taken as it is, without a norm after it{whole}"
         )
 
-    def _size_step(self, twin: Any, size: tuple[int, int], shapes: Sequence[Shape]) -> int | None:
-        """The step of sizes that the model takes call by call, found by trying one beside the native."""
-        _, rows, columns = shapes[-1]
-        step = size[0] // rows
-        if size[0] % rows or size[1] != step * columns:
-            return None
-        other = (size[0] + step, size[1] + 2 * step)
-        expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
+    def _shapes_at(self, twin: Any, count: int, size: tuple[int, int]) -> list[Shape] | None:
+        """Shapes after the last so many hidden states, or None where the model does not take the size."""
         try:
-            states, _ = self._measure(twin, other)
-            found, _, _ = _read_shapes(states[len(states) - len(shapes) :], other, self._model_config)
+            states, _ = self._measure(twin, size)
+            return _read_shapes(states[len(states) - count :], size, self._model_config)[0]
         except ConfigError:
             return None
-        return step if found == expected else None
 
 
 def _count_layers(states: Sequence[Tensor], model_config: Any) -> int:

@@ -17,15 +17,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.activations import QuickGELUActivation
 
-from vlm_vision.backbone import Backbone, BackboneInfo
+from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
 from vlm_vision.backbones.config import TransformersConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, run_blocks
+from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, resample_positions, run_blocks
 from vlm_vision.compat import clip_vision_trunk, config_fields
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import PreprocessConfig
@@ -39,18 +37,27 @@ PLAIN_BLOCKS = {
     "Dinov2WithRegistersLayer",
     "ViTMAELayer",
 }
+CONVNEXT_STRIDES = (4, 8, 16, 32)
 DROP_RATES = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate")
 
 
 class LibraryBackbone(Backbone):
-    """What the backbones of this library share: where they came from, layers that are a list of blocks."""
+    """What the known families share: where they came from, a list of blocks, a norm after them."""
 
     blocks: nn.ModuleList
+    norm: nn.Module
 
     def __init__(
-        self, config: TransformersConfig, model_config: PretrainedConfig, preprocess: PreprocessConfig
+        self,
+        model: Any,
+        family: Family,
+        config: TransformersConfig,
+        model_config: PretrainedConfig,
+        preprocess: PreprocessConfig,
     ) -> None:
         super().__init__()
+        self.blocks = next(found for path in family.blocks if (found := _part(model, path)) is not None)
+        self.norm = getattr(model, family.norm)
         self._portable = config.model_copy(
             update={"architecture": config_fields(model_config), "preprocess": preprocess}
         )
@@ -73,7 +80,6 @@ class VitBackbone(LibraryBackbone):
     tokens after it.
     """
 
-    norm: nn.Module
     head: nn.Module | None
 
     def __init__(
@@ -84,8 +90,8 @@ class VitBackbone(LibraryBackbone):
         model_config: PretrainedConfig,
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(config, model_config, preprocess)
         model = clip_vision_trunk(model)
+        super().__init__(model, family, config, model_config, preprocess)
         self._family, self._model_config = family, model_config
         self.embeddings = model.embeddings
         if hasattr(self.embeddings, "mask_token"):
@@ -94,8 +100,6 @@ class VitBackbone(LibraryBackbone):
         if getattr(model_config, "num_register_tokens", 1) == 0:
             del self.embeddings.register_tokens  # an empty tensor, which no file should hold
         self.pre_norm = getattr(model, family.pre_norm) if family.pre_norm else nn.Identity()
-        self.blocks = next(found for path in family.blocks if (found := _part(model, path)) is not None)
-        self.norm = getattr(model, family.norm)
         self.head = getattr(model, "head", None)
         self._drops = any(getattr(model_config, name, 0.0) for name in DROP_RATES)
         # Older versions of the library want masks, though None, by position.
@@ -134,9 +138,7 @@ class VitBackbone(LibraryBackbone):
         self.norm, self.head = nn.Identity(), None
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
-        preprocess = self.info.preprocess.at_size(image_size)
-        if preprocess.height % self._step or preprocess.width % self._step:
-            raise ConfigError(f"image_size {image_size}: both sides must be multiples of {self._step} pixels")
+        preprocess = at_size(self.info.preprocess, image_size, self._step)
         grid = self._grid_of(preprocess)
         self._store_positions(grid)
         grids = (grid,) * self.info.num_layers
@@ -267,8 +269,6 @@ class StagesBackbone(LibraryBackbone):
     The pooled head is the mean over the last stage, after the final norm.
     """
 
-    norm: nn.Module
-
     def __init__(
         self,
         model: Any,
@@ -277,33 +277,29 @@ class StagesBackbone(LibraryBackbone):
         model_config: PretrainedConfig,
         preprocess: PreprocessConfig,
     ) -> None:
-        super().__init__(config, model_config, preprocess)
-        self.blocks = next(found for path in family.blocks if (found := _part(model, path)) is not None)
-        self.norm = getattr(model, family.norm)
+        super().__init__(model, family, config, model_config, preprocess)
         self.info = BackboneInfo(
             widths=tuple(model_config.hidden_sizes),
-            grids=self._grids(preprocess),
+            grids=grids_of_strides(preprocess, CONVNEXT_STRIDES),
             prefix_tokens=0,
             default_layer=-1,
             embed_dim=model_config.hidden_sizes[-1],
             preprocess=preprocess,
-            size_step=32,
+            size_step=CONVNEXT_STRIDES[-1],
         )
-
-    @staticmethod
-    def _grids(preprocess: PreprocessConfig) -> tuple[tuple[int, int], ...]:
-        return tuple((preprocess.height // stride, preprocess.width // stride) for stride in (4, 8, 16, 32))
 
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
-        hidden, outputs = pixels, []
-        learns = self._checkpointing and torch.is_grad_enabled()
-        for number, stage in enumerate(self.blocks[: layers[-1]], start=1):
-            hidden = checkpoint(stage, hidden, use_reentrant=False) if learns else stage(hidden)
-            if number in layers:
-                outputs.append(rearrange(hidden, "b d h w -> b (h w) d"))
-        return outputs
+        maps = run_blocks(
+            list(self.blocks),
+            pixels,
+            layers,
+            run=partial(_run_block, inputs={}),
+            plain=_no_plain_block,
+            checkpointing=self._checkpointing,
+        )
+        return [rearrange(features, "b d h w -> b (h w) d") for features in maps]
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         last = self.forward_layers(pixels, [self.info.num_layers])[0]
@@ -314,15 +310,14 @@ class StagesBackbone(LibraryBackbone):
         self.blocks, self.norm = self.blocks[:layer], nn.Identity()
 
     def resize(self, image_size: int | tuple[int, int]) -> None:
-        preprocess = self.info.preprocess.at_size(image_size)
-        if preprocess.height % 32 or preprocess.width % 32:
-            raise ConfigError(f"image_size {image_size}: both sides must be multiples of 32 pixels")
-        self.info = replace(self.info, grids=self._grids(preprocess), preprocess=preprocess)
+        preprocess = at_size(self.info.preprocess, image_size, CONVNEXT_STRIDES[-1])
+        grids = grids_of_strides(preprocess, CONVNEXT_STRIDES)
+        self.info = replace(self.info, grids=grids, preprocess=preprocess)
 
 
 # How a family of weights was shown pictures, where no file beside them says so.
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_rounding": "down"}
-_SQUASHED = {**_IMAGENET, "resize": "squash", "interpolation": "bilinear"}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_rounding": "down"}
+_SQUASHED = {**IMAGENET, "resize": "squash", "interpolation": "bilinear"}
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": "squash", "crop_rounding": "down"}
 _BICUBIC: Mapping[str, Any] = {"mode": "bicubic", "align_corners": False}
 
@@ -378,7 +373,7 @@ _SIGLIP = Family(
     class_token=None,
     positions="position_embedding.weight",
 )
-_DINOV2 = Family(config="Dinov2Config", model="Dinov2Model", beside=("classifier.",), preprocess=_IMAGENET)
+_DINOV2 = Family(config="Dinov2Config", model="Dinov2Model", beside=("classifier.",), preprocess=IMAGENET)
 FAMILIES: dict[str, Family] = {
     "clip_vision_model": Family(
         config="CLIPVisionConfig",
@@ -470,26 +465,6 @@ def patch_size(model_config: Any) -> int:
     if rows != columns:
         raise ConfigError(f"patches of {rows}x{columns} pixels: only square ones can be taken")
     return int(rows)
-
-
-def resample_positions(
-    positions: Float[Tensor, "tokens d"],
-    prefix: int,
-    old: Sequence[int],
-    new: Sequence[int],
-    settings: Mapping[str, Any],
-) -> Float[Tensor, "new_tokens d"]:
-    """Position embeddings for another grid, those of prefix tokens kept.
-
-    Matches `interpolate_pos_encoding` of transformers' models; computed in float32, as half precision moves
-    the embeddings. At the grid they have they are given back as they are.
-    """
-    if tuple(old) == tuple(new):
-        return positions
-    plane = rearrange(positions[prefix:], "(h w) d -> 1 d h w", h=old[0], w=old[1])
-    resampled = interpolate(plane.float(), size=tuple(new), **settings)
-    rows = rearrange(resampled, "1 d h w -> (h w) d").to(positions.dtype)
-    return torch.cat([positions[:prefix], rows]) if prefix else rows
 
 
 def sine_positions(grid: Sequence[int], width: int, like: Tensor) -> Float[Tensor, "tokens d"]:

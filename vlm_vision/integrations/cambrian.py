@@ -17,12 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from vlm_vision.errors import ConfigError, MissingExtraError
+from vlm_vision.features import on_grid
 from vlm_vision.integrations.clip_processor import ClipProcessor
 from vlm_vision.tower import describe_tower, load_tower
 
@@ -103,10 +102,7 @@ class TowerEncoder(BaseVisionTower):  # type: ignore[misc]
             if self._interp_size in (None, self._num_patches):
                 return features
             side = self.num_patches_per_side
-            maps = rearrange(features, "b (h w) d -> b d h w", h=self._grid[0])
-            resized = interpolate(maps.float(), (side, side), mode="bilinear", align_corners=False)
-            rows: Tensor = rearrange(resized.to(features.dtype), "b d h w -> b (h w) d")
-            return rows
+            return on_grid(features, self._grid, (side, side))
 
 
 def install() -> None:

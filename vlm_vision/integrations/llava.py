@@ -29,19 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import BatchFeature
 
 from vlm_vision.compat import before_load_state_dict
-from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.errors import ConfigError
+from vlm_vision.export import LIBRARY_NAMES
 from vlm_vision.features import SLICE_M25811_F6, slice_four
-from vlm_vision.preprocess import ImageProcessor
+from vlm_vision.integrations.clip_processor import ClipProcessor
 from vlm_vision.tower import VisionTower, describe_tower, load_tower
 from vlm_vision.weights import load_strict, read_state_dict
 
@@ -50,72 +48,13 @@ PREFIX = "vlm_vision:"
 SITES = ("llava.model.multimodal_encoder.builder", "llava.model.llava_arch")
 # LLaVA-NeXT's selections of several layers, joined along the channels.
 FOUR_EVENLY, FIVE_NAMED = "slicefour_", "slice_m25811_f6_"
-# How LLaVA's checkpoints name the tower's tensors, and how transformers names those of CLIP in them.
+# How LLaVA's checkpoints name the tower's tensors.
 _IN_CHECKPOINT = "vision_tower.vision_tower."
-_CLIP_NAMES = (
-    (r"^vision_model\.embeddings\.", "backbone.embeddings."),
-    (r"^vision_model\.pre_layrnorm\.", "backbone.pre_norm."),
-    (r"^vision_model\.encoder\.layers\.", "backbone.blocks."),
-    (r"^vision_model\.post_layernorm\.", "backbone.norm."),
-)
 _INITIALISERS = {
     name: getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name[0] != "_"
 }
 _REGISTER_PARAMETER = nn.Module.register_parameter
 _State = dict[str, Tensor]
-
-
-class LlavaImageProcessor:
-    """The tower's image processor as LLaVA uses CLIP's.
-
-    Attributes:
-        image_mean, image_std: per channel, on the 0..1 scale.
-        size: `{"shortest_edge": side}`, the side of the square that comes out.
-        crop_size: `{"height": side, "width": side}`.
-    """
-
-    def __init__(self, processor: ImageProcessor) -> None:
-        side = processor.config.height
-        self.processor = processor
-        self.image_mean, self.image_std = list(processor.config.mean), list(processor.config.std)
-        self.size, self.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
-
-    def preprocess(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
-        """Pictures to `pixel_values` [B,3,side,side].
-
-        Args:
-            images: a picture (Pillow's, a path, bytes [H,W,3] in numpy), a list of them, or the frames of a
-                video as bytes [T,H,W,3].
-            return_tensors: `"pt"`, `"np"`, or None for a list of arrays, as in transformers.
-
-        Raises:
-            DataError: something that is no picture.
-        """
-        pixels = self.processor([_picture(image) for image in _each(images)])
-        if return_tensors == "pt":
-            return BatchFeature({"pixel_values": pixels})
-        return BatchFeature({"pixel_values": list(pixels.numpy())}, tensor_type=return_tensors)
-
-    __call__ = preprocess
-
-    def __repr__(self) -> str:
-        return f"LlavaImageProcessor({self.processor!r})"
-
-
-def _each(images: Any) -> Sequence[Any]:
-    several = isinstance(images, (list, tuple)) or (isinstance(images, np.ndarray) and images.ndim == 4)
-    return images if several else [images]
-
-
-def _picture(image: Any) -> Image.Image | str | Path:
-    if isinstance(image, (Image.Image, str, Path)):
-        return image
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
-        return Image.fromarray(image)
-    shape = f" of {getattr(image, 'dtype', '')} {tuple(image.shape)}" if hasattr(image, "shape") else ""
-    raise DataError(
-        f"a {type(image).__name__}{shape} is no picture: give Pillow's, a path, or numpy's bytes [H, W, 3]"
-    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +92,7 @@ class LlavaVisionTower(nn.Module):
     """
 
     vision_tower: VisionTower
-    image_processor: LlavaImageProcessor
+    image_processor: ClipProcessor
 
     def __init__(
         self,
@@ -237,7 +176,7 @@ class LlavaVisionTower(nn.Module):
         # Inside transformers' `from_pretrained` the default dtype is the one that the whole model will have.
         tower.to(device, tower.dtype if asked_dtype == torch.float32 else asked_dtype)
         self.vision_tower = tower.requires_grad_(False)
-        self.image_processor = LlavaImageProcessor(tower.image_processor)
+        self.image_processor = ClipProcessor(tower.image_processor)
         self.is_loaded = True
 
     def _read_given(self, state: _State, prefix: str) -> None:
@@ -381,8 +320,10 @@ def _our_names(state: Mapping[str, Tensor], tower: VisionTower) -> _State:
         return dict(state)
     ours = {}
     for name, value in state.items():
-        for pattern, replacement in _CLIP_NAMES:
-            name = re.sub(pattern, replacement, name)
+        for own, theirs in LIBRARY_NAMES["transformers"].items():
+            if name.startswith(theirs):
+                name = own + name.removeprefix(theirs)
+                break
         ours[name] = value
     last = max(tower.layers)
     return {

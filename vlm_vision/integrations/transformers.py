@@ -240,7 +240,7 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             ConfigError: pixels of a size that the tower does not take.
         """
         tower = self.tower
-        batch = tower._checked(pixels, interpolate)
+        batch = tower.check_pixels(pixels, interpolate)
         run: Callable[..., list[Tensor]] = tower.backbone.forward_layers
         if self._recompute_whole and self.training:
             run = partial(self._gradient_checkpointing_func, run)
