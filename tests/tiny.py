@@ -21,6 +21,15 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message.role }}: {{ message.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}answer:{% endif %}"
 )
+# A CLIPVisionConfig of transformers: 16 patches of width 32.
+CLIP_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TOWER = {
     "backbone": {
         "name": "open_clip",

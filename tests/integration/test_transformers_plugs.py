@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import CLIP_VISION as CLIP
 from tiny import RESNET, TOWER, tiny_tokenizer, tiny_tower
 from torch import Tensor
 
@@ -61,14 +62,6 @@ LLM = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-}
-CLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
 }
 DINOV2 = {**CLIP, "model_type": "dinov2", "mlp_ratio": 2}
 DINOV2.pop("intermediate_size")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from references import drawn, llava_s2_tower, s2wrapper
+from tiny import CLIP_VISION as VISION
 from tiny import tiny_tower
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -22,14 +23,6 @@ from vlm_vision.multiscale import MultiscaleTower
 
 RECORDED = Path(__file__).parents[1] / "fixtures" / "multiscale.json"
 SCALES = [(1,), (1, 2), (1, 2, 3), (1, 4)]
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 
 
 def set_by_arithmetic(tower: VisionTower) -> VisionTower:

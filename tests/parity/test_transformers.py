@@ -23,6 +23,7 @@ import transformers
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import CLIP_VISION as VISION
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -33,14 +34,6 @@ from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.testing import check_tower
 from vlm_vision.tower import describe_tower
 
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 TEXT = {**VISION, "vocab_size": 100, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
 DINO = {**VISION, "image_size": 70, "patch_size": 14}
 MAE = {

@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from tiny import half_runs_on_cpu
+from tiny import CLIP_VISION, half_runs_on_cpu
 from torch import Tensor, nn
 
 from vlm_vision import VisionTower, list_backbones, load_dual_encoder, load_tower
@@ -26,15 +26,7 @@ RESNET = {
     "text_cfg": TEXT,
 }
 COCA = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 4}}  # type: ignore[dict-item]
-HF_CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
+HF_CLIP = {"model_type": "clip_vision_model", **CLIP_VISION}
 DINOV2 = {
     "model_type": "dinov2",
     "hidden_size": 32,

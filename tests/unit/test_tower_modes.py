@@ -10,7 +10,7 @@ import pytest
 import torch
 from open_clip.model import resize_pos_embed
 from PIL import Image
-from tiny import RESNET, TOWER, tiny_tower
+from tiny import CLIP_VISION, RESNET, TOWER, tiny_tower
 from torch import Tensor, nn
 
 from vlm_vision import VisionTower, load_tower
@@ -25,15 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "CLIP of transformers": {
         "backbone": {
             "name": "transformers",
-            "architecture": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "image_size": 32,
-                "patch_size": 8,
-            },
+            "architecture": {"model_type": "clip_vision_model", **CLIP_VISION},
             "weights": "none",
         }
     },
