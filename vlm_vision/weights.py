@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
@@ -148,16 +149,25 @@ def without_init(skip: bool = True) -> Iterator[None]:
     if not skip:
         yield
         return
-    with _WithoutInit():
+    # Truncated draws are made by reading what was drawn, which the mode cannot skip.
+    truncated = _unless_parameter(nn.init._no_grad_trunc_normal_)  # type: ignore[attr-defined]
+    with _WithoutInit(), patch.object(nn.init, "_no_grad_trunc_normal_", truncated):
         yield
+
+
+def _unless_parameter(fill: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: (
+        tensor if isinstance(tensor, nn.Parameter) else fill(tensor, *args, **kwargs)
+    )
 
 
 class _WithoutInit(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
-        if changes and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        filled = args[0] if args else kwargs.get("tensor")  # torch.nn.init names what it fills
+        if changes and isinstance(filled, nn.Parameter):
+            return filled
+        return func(*args, **kwargs)
