@@ -231,7 +231,7 @@ def _noise(shape: torch.Size, gain: bool, generator: torch.Generator) -> Float[T
 def needed_memory(backbone: Backbone) -> int:
     """Bytes that comparing a backbone takes: its noise, and every layer's output of one picture."""
     noises = {(tensor.shape, _is_gain(name, tensor)) for name, tensor in backbone.state_dict().items()}
-    floats = sum(shape.numel() + NOISE_SPREAD for shape, _ in noises)
+    floats: int = sum(shape.numel() + NOISE_SPREAD for shape, _ in noises)
     info = backbone.info
     floats += sum(
         width * rows * columns for width, (rows, columns) in zip(info.widths, info.grids, strict=True)
@@ -244,7 +244,7 @@ def free_memory() -> int:
     try:
         import psutil
     except ImportError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
     return int(psutil.virtual_memory().available)
 
 

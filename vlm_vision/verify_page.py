@@ -111,7 +111,7 @@ def describe_run(command: str) -> str:
         "transformers": "transformers",
     }
     libraries = ", ".join(f"{name} {version(package)}" for name, package in packages.items())
-    machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    machine = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     return f"{date.today().isoformat()}, `{command}`; {machine}; {libraries}"
 
 
