@@ -3,7 +3,7 @@
     python benchmarks/load.py
 
 Every way loads the same 1.2 GB of float32 weights, in a process of its own whose imports are done, from a
-file that the system has in memory: what counts is what loading adds. `read` takes the file's bytes into memory.
+file that the system has in memory: what counts is what loading adds. `read` takes in the file's bytes.
 Seconds include a pass over the weights afterwards, since a mapped file is not read before it is used.
 `private` is memory that no file stands for, so that a second copy of the weights would show in it.
 """
