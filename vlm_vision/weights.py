@@ -21,6 +21,7 @@ from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
 
 SHARDS_SUFFIX = ".index.json"
+RANDOM_FILLS = ("normal_", "uniform_")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -149,25 +150,26 @@ def without_init(skip: bool = True) -> Iterator[None]:
     if not skip:
         yield
         return
-    # Truncated draws are made by reading what was drawn, which the mode cannot skip.
-    truncated = _unless_parameter(nn.init._no_grad_trunc_normal_)  # type: ignore[attr-defined]
-    with _WithoutInit(), patch.object(nn.init, "_no_grad_trunc_normal_", truncated):
+    # This one draws again until nothing lies outside, so that without its draws it might never end.
+    with _WithoutInit(), patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
         yield
 
 
-def _unless_parameter(fill: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda tensor, *args, **kwargs: (
-        tensor if isinstance(tensor, nn.Parameter) else fill(tensor, *args, **kwargs)
-    )
+def cast_unread(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of parameters that a file is still to fill, without converting what they hold."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
 
 
 class _WithoutInit(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
-        filled = args[0] if args else kwargs.get("tensor")  # torch.nn.init names what it fills
-        if changes and isinstance(filled, nn.Parameter):
-            return filled
+        target = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        # `parameter.data`, which older models fill, is no parameter; but only parameters are drawn at random.
+        if changes and (isinstance(target, nn.Parameter) or name in RANDOM_FILLS):
+            return target
         return func(*args, **kwargs)
