@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from vlm_vision.backbone import Backbone
 from vlm_vision.compat import attention_kernel
 from vlm_vision.config import load_config, validate
-from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.errors import ConfigError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower_config import BACKBONES, TowerConfig
-from vlm_vision.weights import load_strict, read_state_dict
+from vlm_vision.weights import check_whole, load_strict, read_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "vlm_vision_tower"
@@ -377,13 +377,9 @@ def save_folder(
     """Write a model folder, complete or absent.
 
     Raises:
-        WeightsError: a tensor is empty.
+        WeightsError: as `check_whole`.
     """
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    if empty:
-        raise WeightsError(
-            f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first"
-        )
+    check_whole(state, f"{folder} is not written")
     with whole_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}

@@ -129,10 +129,29 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     module.load_state_dict(own, assign=True)
 
 
+def check_whole(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to write, or to tell from others, tensors whose values are not here.
+
+    Raises:
+        WeightsError: some are shards, empty in this process, or were left elsewhere by a `device_map`.
+    """
+    absent = [name for name, tensor in state.items() if tensor.numel() == 0 or tensor.is_meta]
+    if absent:
+        raise WeightsError(
+            f"{what}: the values of {len(absent)} tensor(s) are not here ({', '.join(absent[:3])}); gather "
+            "ZeRO-3's shards first, or load without a device_map that has layers wait elsewhere"
+        )
+
+
 def fingerprint(module: nn.Module, settings: str) -> str:
-    """A hash of a module's tensors, by name, and of the settings that belong to them."""
-    digest = sha256(settings.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    """A hash of a module's tensors, by name, and of the settings that belong to them.
+
+    Raises:
+        WeightsError: as `check_whole`.
+    """
+    digest, state = sha256(settings.encode()), module.state_dict()
+    check_whole(state, "no fingerprint")
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
