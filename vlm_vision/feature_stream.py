@@ -28,10 +28,14 @@ class Encoder:
     """What features are taken: a tower's selected tokens [N,D], or its pooled embedding [E].
 
     Raises:
-        ConfigError: the tower has no pooled head.
+        ConfigError: the tower has no pooled head, or is not on one device.
     """
 
     def __init__(self, tower: VisionTower, pooled: bool) -> None:
+        if hasattr(tower, "hf_device_map"):
+            raise ConfigError(
+                "every process has the whole tower on a GPU of its own: load the tower without device_map"
+            )
         if pooled and tower.embed_dim is None:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         self.tower, self.pooled = tower, pooled
