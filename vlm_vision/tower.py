@@ -177,14 +177,19 @@ class VisionTower(nn.Module):
     ) -> Float[Tensor, "b e"]:
         """Image embedding of the whole backbone with its head, not normalised.
 
+        A list may mix sizes, if the tower takes them; pictures then run one by one.
+
         Raises:
             ConfigError: the tower was built without `pooled_head`.
         """
         if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
-        batch = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
+        if not isinstance(pixels, Tensor):
+            if len({picture.shape for picture in pixels}) > 1:
+                return torch.cat([self.pooled(picture[None], interpolate=interpolate) for picture in pixels])
+            pixels = torch.stack(list(pixels))
         with attention_kernel(self.config.attention):
-            return self.backbone.pooled(self.check_pixels(batch, interpolate)).to(self.device)
+            return self.backbone.pooled(self.check_pixels(pixels, interpolate)).to(self.device)
 
     def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         if self.config.select == "pooled":

@@ -637,3 +637,17 @@ def test_an_older_transformers_is_refused_by_name() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtraError: vlm_vision.integrations.transformers needs transformers >= 5" in result.stderr
+
+
+def test_pictures_that_keep_their_shapes_are_not_for_a_llava() -> None:
+    settings = {"model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 8, "hidden_size": 32}
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone = {"name": "transformers", "architecture": {**settings, **sizes}, "weights": "none"}
+    tower = load_tower({"backbone": backbone})
+    with pytest.raises(ConfigError, match=r"a LLaVA of transformers: pictures must be of one size"):
+        llava_fields(tower)
+    processor = VlmVisionImageProcessor.from_tower(tower)
+    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))]
+    assert [len(tower(pixels[None])[0]) for pixels in processor(pictures)["pixel_values"]] == [16, 15]
+    with pytest.raises(ConfigError, match="return_tensors: pictures must be of one size"):
+        processor(pictures, return_tensors="pt")

@@ -61,7 +61,8 @@ class FusedBackbone(Backbone):
             default_layer=-1,
             embed_dim=None,
             preprocess=max(
-                (info.preprocess for info in infos), key=lambda settings: settings.height * settings.width
+                (info.preprocess.squashed() for info in infos),
+                key=lambda settings: settings.height * settings.width,
             ),
         )
 

@@ -126,6 +126,7 @@ def llava_fields(tower: VisionTower) -> dict[str, Any]:
     Raises:
         ConfigError: the tower gives what those models cannot read.
     """
+    tower.image_processor.check_one_size("a LLaVA of transformers")
     select = tower.config.select
     if select not in ("patch", "cls_patch"):
         raise ConfigError(f"select {select!r}: a LLaVA of transformers reads patches; use select 'patch'")
@@ -440,11 +441,13 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         """One picture or several to `pixel_values`, [B,3,H,W] with `return_tensors="pt"`.
 
         Raises:
-            ConfigError: a setting that differs from the tower's.
+            ConfigError: a setting that differs from the tower's, or one tensor of pictures of several sizes.
             DataError: a picture cannot be read, or holds floats.
         """
         self._refuse(kwargs)
         pixels = self._own([_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))])
+        if isinstance(pixels, list) and return_tensors is not None:
+            self._own.check_one_size("return_tensors")
         return BatchFeature({"pixel_values": list(pixels)}, tensor_type=return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
