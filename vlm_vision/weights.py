@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vlm_vision.compat import under_names
 from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
 
@@ -106,10 +107,13 @@ def find_weights_file(folder: str | Path) -> Path:
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load weights into a module; every tensor must be there, fit, and be wanted.
 
+    They may have been saved under another version of transformers, whose names differ.
+
     Raises:
         WeightsError: lists all missing, unexpected and misshapen tensors.
     """
     wanted = module.state_dict()
+    state = under_names(state, wanted)
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
     misshapen = [
