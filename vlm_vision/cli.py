@@ -111,7 +111,7 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
         "--source open_clip --match '*L-14*'",
         "show open_clip:ViT-L-14-336-quickgelu",
         "verify open_clip:ViT-B-32 timm:convnext_tiny",
-        "verify --source open_clip --match 'ViT-B-*'",
+        "verify --source open_clip --match 'ViT-B-*' --table docs/towers.md",
     )
     towers.add_argument(
         "words",
@@ -121,6 +121,7 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     )
     towers.add_argument("--source", help="only this source")
     towers.add_argument("--match", default="*", metavar="GLOB", help="only models whose name matches")
+    towers.add_argument("--table", metavar="FILE.md", help="a page to which verify adds what it finds")
 
     features = command(
         "features",

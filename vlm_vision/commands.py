@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,8 @@ def towers(arguments: argparse.Namespace) -> None:
             "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), or verifies them "
             "(towers verify open_clip:ViT-B-32)"
         )
+    if arguments.table is not None and action != "verify":
+        raise ConfigError("--table is for towers verify")
     sources = BACKBONES.names()
     if arguments.source is not None and arguments.source not in sources:
         hint = nearest(arguments.source, sources)
@@ -46,26 +52,59 @@ def towers(arguments: argparse.Namespace) -> None:
         if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
             names.append(name)
     if action == "verify":
-        _verify_towers(names)
+        _verify_towers(arguments, names)
     else:
         print(*names, sep="\n")
 
 
-def _verify_towers(names: Sequence[str]) -> None:
-    from vlm_vision.verify import TOLERANCE, verify
+def _verify_towers(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    from vlm_vision.progress import progress_bar
+    from vlm_vision.verify import TOLERANCE, can_verify, check_names, format_error, verify
+    from vlm_vision.verify_page import VerifyPage, describe_run
 
-    print(f"{'tower':48} {'patches':>9} {'pooled':>9} {'parameters':>12} {'seconds':>8}")
-    failed = 0
-    for found in verify(names):
-        errors = ("-" if error is None else f"{error:.1e}" for error in (found.patches, found.pooled))
-        columns = " ".join(f"{error:>9}" for error in errors)
-        verdict = "" if found.passed else f"  FAILED {found.failure}"
-        failed += not found.passed
-        print(f"{found.name:48} {columns} {found.parameters:>12,} {found.seconds:>8.1f}{verdict}", flush=True)
-    if failed:
+    named = arguments.words[1:]
+    command = ["vlm-vision", "towers", "verify", *named]
+    if not named:
+        command += ["--source", arguments.source] if arguments.source else []
+        command += ["--match", arguments.match] if arguments.match != "*" else []
+    check_names(named)
+    alone = [name for name in names if not can_verify(name)]
+    names = [name for name in dict.fromkeys(names) if name not in alone]
+    if not names:
         raise ConfigError(
-            f"{failed} of {len(names)} towers could not be compared, or differ by more than {TOLERANCE:.0e} "
-            "of the largest value"
+            f"no tower to verify ({', '.join(alone) or arguments.match}); see: vlm-vision towers"
+        )
+    run = describe_run(shlex.join(command))
+    page = None if arguments.table is None else VerifyPage.read(Path(arguments.table))
+    width = max(map(len, names))
+    done = []
+    with progress_bar(len(names), "verifying") as bar:
+        tell = bar.write if sys.stderr.isatty() else partial(print, flush=True)
+        tell(f"{'tower':{width}} {'patches':>8} {'pooled':>8} {'parameters':>14} {'seconds':>8}  verdict")
+        for found in verify(names):
+            patches, pooled = format_error(found.patches), format_error(found.pooled)
+            parameters = "-" if found.facts is None else f"{found.facts.parameters:,}"
+            tell(
+                f"{found.name:{width}} {patches:>8} {pooled:>8} {parameters:>14} {found.seconds:>8.1f}  "
+                f"{found.verdict}"
+            )
+            bar.update()
+            done.append(found)
+            if page is not None:
+                page.add(found, run)
+                page.write()
+    counts = Counter(found.verdict.partition(" ")[0] for found in done)
+    print(f"{len(done)} verified: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    for found in done:
+        if not found.passed:
+            print(f"{found.name}: {found.verdict}")
+    for name in alone:
+        print(f"{name}: has no other library to compare with")
+    wrong = len(done) - counts["equal"] - counts["SKIPPED"]
+    if wrong or not counts["equal"]:
+        raise ConfigError(
+            f"{wrong or len(done)} of {len(done)} towers could not be compared, or differ by more than "
+            f"{TOLERANCE:.0e} of the largest value"
         )
 
 

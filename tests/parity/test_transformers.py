@@ -34,6 +34,7 @@ from vlm_vision.compat import under_names
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.testing import check_tower
 from vlm_vision.tower import describe_tower
+from vlm_vision.verify import run_transformers, verify
 
 TEXT = {**VISION, "vocab_size": 100, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
 DINO = {**VISION, "image_size": 70, "patch_size": 14}
@@ -109,24 +110,7 @@ def native(tower: VisionTower) -> tuple[int, int]:
     return settings.height, settings.width
 
 
-@torch.no_grad()
-def library(model: Any, pixels: Tensor) -> Any:
-    """The model's own output with hidden states, position embeddings interpolated where they must be."""
-    options: dict[str, Any] = {"output_hidden_states": True}
-    parameters = inspect.signature(model.forward).parameters
-    if "spatial_shapes" in parameters:
-        patch = model.config.patch_size
-        rows = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-        shapes = torch.tensor([[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels))
-        mask = torch.ones(rows.shape[:2], dtype=torch.long)
-        return model(rows, pixel_attention_mask=mask, spatial_shapes=shapes, **options)
-    if "noise" in parameters:  # the shuffle that leaves patches where they are
-        model.config.mask_ratio = 0.0
-        count = (pixels.shape[2] // 8) * (pixels.shape[3] // 8)
-        options["noise"] = torch.arange(count).expand(len(pixels), -1)
-    if "interpolate_pos_encoding" in parameters:
-        options["interpolate_pos_encoding"] = True
-    return model(pixels, **options)
+library = torch.no_grad()(run_transformers)
 
 
 def patches_of(state: Tensor, prefix_tokens: int) -> Tensor:
@@ -178,6 +162,15 @@ def test_the_pooled_head_equals_the_librarys(kind: str, tmp_path: Path) -> None:
     assert worst(tower.pooled(pixels), expected) <= 1e-5  # measured 3e-7
     selected = load_tower(f"transformers:{folder}", select="pooled")
     assert worst(selected(pixels), expected[:, None]) <= 1e-5  # measured 3e-7
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_verification_finds_every_family_equal(kind: str, tmp_path: Path) -> None:
+    _, folder = saved(kind, tmp_path)
+    (found,) = verify([f"transformers:{folder}"])
+    assert found.verdict == "equal"
+    assert found.patches is not None
+    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 2e-7
 
 
 @pytest.mark.parametrize("kind", HERE)
@@ -539,6 +532,15 @@ def test_any_model_with_hidden_states_gives_them_and_says_what_was_assumed(name:
     tower.train_only("everything")
     torch.autograd.backward(tower(pixels).square().sum())
     assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if hasattr(transformers, name)])
+def test_verification_finds_any_model_equal(name: str, tmp_path: Path) -> None:
+    folder = write(build(name, **OTHERS[name][0]), tmp_path / "model")
+    (found,) = verify([f"transformers:{folder}"])
+    assert found.verdict == "equal"
+    assert found.patches is not None
+    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 0
 
 
 @torch.no_grad()
