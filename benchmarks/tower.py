@@ -28,8 +28,6 @@ from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from vlm_vision import load_tower
-from vlm_vision.verify import fill_with_noise
-from vlm_vision.weights import without_init
 
 WIDTH, MLP, LAYERS, HEADS, PATCH, SIDE = 1024, 4096, 24, 16, 14, 336
 Way = Callable[[Tensor], Tensor]
@@ -101,10 +99,7 @@ def save_random_clip(folder: Path) -> None:
         image_size=SIDE,
         patch_size=PATCH,
     )
-    with without_init():
-        model = CLIPVisionModelWithProjection(config)
-    fill_with_noise(model)
-    model.save_pretrained(folder)
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     CLIPImageProcessor(**size).save_pretrained(folder)
 
@@ -137,13 +132,11 @@ class Floor(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (MLP, WIDTH), (WIDTH, MLP)]
-        with without_init():
-            self.patches = nn.Parameter(torch.empty(WIDTH, 3 * PATCH**2, dtype=dtype))
-            self.layers = nn.ModuleList(
-                nn.ParameterList(torch.empty(shape, dtype=dtype) for shape in shapes)
-                for _ in range(LAYERS - 1)
-            )
-        fill_with_noise(self)
+        self.patches = nn.Parameter(0.02 * torch.randn(WIDTH, 3 * PATCH**2, dtype=dtype))
+        self.layers = nn.ModuleList(
+            nn.ParameterList(0.02 * torch.randn(shape, dtype=dtype) for shape in shapes)
+            for _ in range(LAYERS - 1)
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)

@@ -302,6 +302,7 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
 
 def zero_shot(arguments: argparse.Namespace) -> None:
     from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.picture_list import list_files
     from vlm_vision.zero_shot import TEMPLATES, ZeroShotClassifier
 
     labels: list[str] = []
@@ -310,7 +311,7 @@ def zero_shot(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 "zero-shot needs classes: --classes FILE, --classes a,b,c, or --csv FILE with labels"
             )
-        pictures, classes = _pictures(arguments.pictures), _class_names(arguments.classes)
+        pictures, classes = list_files(arguments.pictures), _class_names(arguments.classes)
     else:
         if arguments.pictures:
             raise ConfigError("zero-shot takes its pictures from --csv, so give no others")
@@ -394,26 +395,6 @@ def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
         for name, value in scores.items():
             print(f"  {name:28} {value:.4g}")
     print(f"model: {output / 'model'}")
-
-
-def _pictures(given: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the pictures in them.
-
-    Raises:
-        DataError: none given, or one that is not there.
-    """
-    from vlm_vision.preprocess import find_pictures
-
-    if not given:
-        raise DataError("no picture was given: name picture files, or folders of them")
-    absent = [name for name in given if not Path(name).exists()]
-    if absent:
-        raise DataError(f"picture {absent[0]!r} does not exist")
-    return [
-        path
-        for name in given
-        for path in (find_pictures(Path(name)) if Path(name).is_dir() else [Path(name)])
-    ]
 
 
 def _class_names(given: str) -> list[str]:

@@ -157,6 +157,12 @@ class PreprocessConfig(Config):
             raise ValueError("resize_in 'floats' is torch's resizing, which knows bicubic and bilinear alone")
         return self
 
+    def squashed(self) -> PreprocessConfig:
+        """The same settings, but for pictures that keep their shapes: those are squashed to `image_size`."""
+        if self.resize != "flexible":
+            return self
+        return self.model_copy(update={"resize": "squash", "max_patches": None, "patch_size": None})
+
     def at_size(self, image_size: int | tuple[int, int]) -> PreprocessConfig:
         """The same settings for another size; a margin that is cropped away, and patches, scale with it."""
         resize_to = self.resize_to

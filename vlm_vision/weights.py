@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from vlm_vision.compat import under_names
 from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
 
 SHARDS_SUFFIX = ".index.json"
-RANDOM_FILLS = ("normal_", "uniform_")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -108,10 +106,13 @@ def find_weights_file(folder: str | Path) -> Path:
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load weights into a module; every tensor must be there, fit, and be wanted.
 
+    They may have been saved under another version of transformers, whose names differ.
+
     Raises:
         WeightsError: lists all missing, unexpected and misshapen tensors.
     """
     wanted = module.state_dict()
+    state = under_names(state, wanted)
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
     misshapen = [
@@ -131,10 +132,29 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> 
     module.load_state_dict(own, assign=True)
 
 
+def check_whole(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse to write, or to tell from others, tensors whose values are not here.
+
+    Raises:
+        WeightsError: some are shards, empty in this process, or were left elsewhere by a `device_map`.
+    """
+    absent = [name for name, tensor in state.items() if tensor.numel() == 0 or tensor.is_meta]
+    if absent:
+        raise WeightsError(
+            f"{what}: the values of {len(absent)} tensor(s) are not here ({', '.join(absent[:3])}); gather "
+            "ZeRO-3's shards first, or load without a device_map that has layers wait elsewhere"
+        )
+
+
 def fingerprint(module: nn.Module, settings: str) -> str:
-    """A hash of a module's tensors, by name, and of the settings that belong to them."""
-    digest = sha256(settings.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    """A hash of a module's tensors, by name, and of the settings that belong to them.
+
+    Raises:
+        WeightsError: as `check_whole`.
+    """
+    digest, state = sha256(settings.encode()), module.state_dict()
+    check_whole(state, "no fingerprint")
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -142,34 +162,15 @@ def fingerprint(module: nn.Module, settings: str) -> str:
 
 @contextmanager
 def without_init(skip: bool = True) -> Iterator[None]:
-    """Build modules whose parameters all come from a file: filling them with random numbers is skipped.
+    """Build modules whose parameters all come from a file.
 
-    Memory that is never written is never taken, so that the module costs nothing until the file's own memory
-    is assigned to it. Buffers are computed as ever.
+    They are on the meta device until `load_strict` assigns the file's own memory to them, so that they take
+    neither memory nor time to fill with random numbers. Buffers are computed as ever.
     """
     if not skip:
         yield
         return
-    # This one draws again until nothing lies outside, so that without its draws it might never end.
-    with _WithoutInit(), patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor):
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
         yield
-
-
-def cast_unread(module: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of parameters that a file is still to fill, without converting what they hold."""
-    for parameter in module.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
-
-
-class _WithoutInit(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
-        target = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
-        # `parameter.data`, which older models fill, is no parameter; but only parameters are drawn at random.
-        if changes and (isinstance(target, nn.Parameter) or name in RANDOM_FILLS):
-            return target
-        return func(*args, **kwargs)

@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from vlm_vision import VisionTower, load_tower
 from vlm_vision.backbones import transformers_vit
 from vlm_vision.backbones.config import PUBLISHED
+from vlm_vision.compat import under_names
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.testing import check_tower
 from vlm_vision.tower import describe_tower
@@ -344,6 +345,36 @@ def test_naflex_takes_pictures_as_they_are_shaped() -> None:
     assert [tuple(features.shape) for features in tower(pixels)] == [(256, 768), (252, 768)]
     larger = load_tower("transformers:google/siglip2-base-patch16-naflex@none", layer=1, image_size=512)
     assert larger.num_patches == larger.image_processor.config.max_patches == 1024
+
+
+# Names that versions of the library give -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("DINOv2", "DINOv2 SwiGLU", "DINOv2 with registers", "ViT-MAE") if kind in HERE]
+)
+@torch.no_grad()
+def test_a_saved_tower_loads_whichever_version_named_its_tensors(kind: str, tmp_path: Path) -> None:
+    """Today's library still writes the names of version 4 into its own files."""
+    _, folder = saved(kind, tmp_path)
+    tower = load_tower(f"transformers:{folder}", layer=-1)
+    tower.save_pretrained(tmp_path / "tower")
+    ours = load_file(tmp_path / "tower" / "model.safetensors")
+    blocks = {
+        re.sub(r"^(vit\.)?encoder\.layer\.", "backbone.blocks.", name): value
+        for name, value in load_file(folder / "model.safetensors").items()
+        if "encoder.layer." in name
+    }
+    older = {name: value for name, value in ours.items() if ".blocks." not in name} | blocks
+    assert any("attention.attention.query" in name for name in older)
+    save_file(older, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    again = VisionTower.from_pretrained(tmp_path / "tower")
+    pixels = torch.randn(1, 3, *native(tower))
+    assert torch.equal(again(pixels), tower(pixels))
+    again.save_pretrained(tmp_path / "again")
+    back = under_names(ours, older)
+    assert back.keys() == older.keys()
+    assert all(torch.equal(value, older[name]) for name, value in back.items())
 
 
 # Training and tracing ------------------------------------------------------------------------------------

@@ -303,6 +303,10 @@ def test_zero_shot_refuses_what_makes_no_sense(
 ) -> None:
     clip = models / "clip"
     assert "zero-shot needs classes" in refused(capsys, "zero-shot", clip, pictures)
+    assert "no picture was given" in refused(capsys, "zero-shot", clip, "--classes", "cat")
+    assert "'absent.png' does not exist" in refused(
+        capsys, "zero-shot", clip, "absent.png", "--classes", "cat"
+    )
     assert "row 2: label is empty" in refused(
         capsys, "zero-shot", clip, "--csv", labelled(pictures, "cat", " ")
     )

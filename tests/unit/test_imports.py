@@ -27,6 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.architectures",
         "vlm_vision.backbone",
         "vlm_vision.compat",
+        "vlm_vision.device_map",
         "vlm_vision.features",
         "vlm_vision.files",
         "vlm_vision.layouts",
@@ -61,6 +62,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 # A backbone config builds its backbone, a lazy name loads its module: by name, when asked, not on import.
 HEAVY = {
+    "accelerate",
     "transformers",
     "open_clip",
     "timm",
