@@ -107,8 +107,9 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     towers = command(
         "towers",
-        "list backbones, show a tower's facts without its weights, or verify towers against their libraries",
+        "list towers, show one without its weights, or verify them against their libraries",
         "--source open_clip --match '*L-14*'",
+        "--match '*dinov3*' | tail -n +2 | cut -d' ' -f1   # names alone",
         "show open_clip:ViT-L-14-336-quickgelu",
         "verify open_clip:ViT-B-32 timm:convnext_tiny",
         "verify --source open_clip --match 'ViT-B-*'",

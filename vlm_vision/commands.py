@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +26,6 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def towers(arguments: argparse.Namespace) -> None:
-    from vlm_vision.tower import list_backbones
     from vlm_vision.tower_config import BACKBONES
 
     action, *names = arguments.words or ["list"]
@@ -41,14 +41,31 @@ def towers(arguments: argparse.Namespace) -> None:
     if arguments.source is not None and arguments.source not in sources:
         hint = nearest(arguments.source, sources)
         raise ConfigError(f"unknown source {arguments.source!r}{hint} (known: {', '.join(sources)})")
+    if action == "list":
+        _list_towers(arguments.source, arguments.match)
+        return
+    from vlm_vision.tower import list_backbones
+
     for name in [] if names else list_backbones():
         source, _, model = name.partition(":")
         if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
             names.append(name)
-    if action == "verify":
-        _verify_towers(names)
-    else:
-        print(*names, sep="\n")
+    _verify_towers(names)
+
+
+def _list_towers(source: str | None, match: str) -> None:
+    from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
+
+    towers = list_towers(source, match)
+    header = TowerFacts("source:model", *TowerFacts._fields[1:])
+    widths = [max(map(len, column)) for column in zip(header, *towers, strict=True)]
+    for name, *facts, licence in (header, *towers):
+        columns = " ".join(fact.rjust(width) for fact, width in zip(facts, widths[1:], strict=False))
+        print(f"{name.ljust(widths[0])} {columns} {licence}")
+    bare = sum(tower.size == UNKNOWN for tower in towers)
+    if bare:
+        way_out = "vlm-vision towers show SOURCE:MODEL builds one, or says why it cannot"
+        print(f"{bare} without facts: {way_out}", file=sys.stderr)
 
 
 def _verify_towers(names: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("vlm_vision.backbones",),
     (
+        "vlm_vision.catalogue",
         "vlm_vision.dual_encoder",
         "vlm_vision.export",
         "vlm_vision.integrations",
