@@ -32,10 +32,13 @@ def towers(arguments: argparse.Namespace) -> None:
     if (action, len(names)) == ("show", 1):
         _show_tower(names[0])
         return
+    if (action, len(names)) == ("new", 1):
+        _new_plugin(names[0])
+        return
     if action not in ("list", "verify") or (action == "list" and names):
         raise ConfigError(
-            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), or verifies them "
-            "(towers verify open_clip:ViT-B-32)"
+            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), verifies them "
+            "(towers verify open_clip:ViT-B-32), or writes a plug-in (towers new my_backbone)"
         )
     sources = BACKBONES.names()
     if arguments.source is not None and arguments.source not in sources:
@@ -108,6 +111,15 @@ def _show_tower(source: str) -> None:
         print(f"{name:14} {value}")
     for assumption in info.assumptions:
         print(f"{'assumed':14} {assumption}")
+
+
+def _new_plugin(folder: str) -> None:
+    from vlm_vision.plugin import write_plugin
+
+    print(*write_plugin(folder), sep="\n")
+    print(f"now: pip install -e {folder}")
+    print(f"     python -m pytest {folder}")
+    print(f"     vlm-vision towers show {Path(folder).name}:small")
 
 
 def features(arguments: argparse.Namespace) -> None:
