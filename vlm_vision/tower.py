@@ -20,7 +20,7 @@ from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower_config import BACKBONES, TowerConfig, list_source
-from vlm_vision.weights import load_strict, read_state_dict
+from vlm_vision.weights import cast_unread, load_strict, read_state_dict, without_init
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "vlm_vision_tower"
@@ -278,8 +278,10 @@ class VisionTower(nn.Module):
                 for name, value in state.items()
                 if name.startswith("tower.")
             }
-        backbone = stored.backbone.build(load_weights=False)
-        whole = cls(stored, backbone)
+        with without_init():
+            backbone = stored.backbone.build(load_weights=False)
+            cast_unread(backbone, getattr(torch, stored.dtype))
+            whole = cls(stored, backbone)
         load_strict(whole, state, str(folder))
         if not overrides:
             return whole.eval()

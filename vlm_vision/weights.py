@@ -20,6 +20,7 @@ from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
 
 SHARDS_SUFFIX = ".index.json"
+RANDOM_FILLS = ("normal_", "uniform_")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -152,12 +153,21 @@ def without_init(skip: bool = True) -> Iterator[None]:
         yield
 
 
+def cast_unread(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of parameters that a file is still to fill, without converting what they hold."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+
+
 class _WithoutInit(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
-        if changes and args and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        target = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        # `parameter.data`, which older models fill, is no parameter; but only parameters are drawn at random.
+        if changes and (isinstance(target, nn.Parameter) or name in RANDOM_FILLS):
+            return target
+        return func(*args, **kwargs)

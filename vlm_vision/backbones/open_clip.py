@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
 from vlm_vision.backbones.config import OpenClipConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, resample_positions, run_blocks
+from vlm_vision.backbones.encoder import QUICK_GELU, Activation, PlainBlock, resample_positions, run_blocks
 from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.layouts import read_converted
@@ -337,7 +337,7 @@ def _plain_block(block: Any) -> PlainBlock | None:
         out=block.attn.out_proj,
         norm_2=block.ln_2,
         up=block.mlp.c_fc,
-        activation=quick_gelu_ if isinstance(gelu, QuickGELU) else gelu,
+        activation=QUICK_GELU if isinstance(gelu, QuickGELU) else Activation(gelu),
         down=block.mlp.c_proj,
         heads=block.attn.num_heads,
     )

@@ -1,0 +1,56 @@
+"""Reading and loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny import CLIP_VISION, TOWER
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from vlm_vision.backbones.open_clip import build_visual
+from vlm_vision.weights import without_init
+
+
+def through_data() -> nn.Module:
+    """As models of older libraries are filled."""
+    linear = nn.Linear(4, 4)
+    linear.weight.data.normal_()
+    linear.bias.data.uniform_(-1, 1)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(8, 8),
+        lambda: CLIPVisionModel(CLIPVisionConfig(**CLIP_VISION)),
+        lambda: build_visual(TOWER["backbone"]["architecture"]),
+        through_data,
+    ],
+    ids=["torch", "transformers", "open_clip", "through .data"],
+)
+def test_without_init_fills_nothing_with_random_numbers(build: Callable[[], nn.Module]) -> None:
+    """A 7B model takes minutes to fill with numbers that a file replaces."""
+    with Fills() as fills, without_init():
+        build()
+    assert fills.names == []
+    with Fills() as fills:
+        build()
+    assert fills.names
+
+
+class Fills(TorchDispatchMode):
+    """The names of all operations that fill a tensor with random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.startswith(("normal_", "uniform_")):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
