@@ -72,7 +72,9 @@ def find_size_step(
     shapes: Sequence[Shape],
     measure: Callable[[tuple[int, int]], Sequence[Shape] | None],
 ) -> int | None:
-    """The step of sizes that a model takes call by call, found by trying one beside the native.
+    """The step of sizes that a model takes call by call, found by trying one beside the native and one afar.
+
+    The native size may be no multiple of it, where a patch embedding drops the rest.
 
     Args:
         size: the native one, at which the layers have `shapes`.
@@ -80,12 +82,14 @@ def find_size_step(
     """
     _, rows, columns = shapes[-1]
     step = size[0] // rows
-    if size[0] % rows or size[1] != step * columns:
+    if (size[0] // step, size[1] // step) != (rows, columns):
         return None
-    other = (size[0] + step, size[1] + 2 * step)
-    expected = [(width, r * other[0] // size[0], c * other[1] // size[1]) for width, r, c in shapes]
-    found = measure(other)
-    return step if found is not None and list(found) == expected else None
+    for new_rows, new_columns in ((rows + 1, columns + 2), (2 * rows + 1, 2 * columns)):
+        expected = [(width, r * new_rows // rows, c * new_columns // columns) for width, r, c in shapes]
+        found = measure((new_rows * step, new_columns * step))
+        if found is None or list(found) != expected:
+            return None
+    return step
 
 
 class Backbone(nn.Module, ABC):

@@ -29,17 +29,19 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def towers(arguments: argparse.Namespace) -> None:
-    from vlm_vision.tower import list_backbones
     from vlm_vision.tower_config import BACKBONES
 
     action, *names = arguments.words or ["list"]
     if (action, len(names)) == ("show", 1):
         _show_tower(names[0])
         return
+    if (action, len(names)) == ("new", 1):
+        _new_plugin(names[0])
+        return
     if action not in ("list", "verify") or (action == "list" and names):
         raise ConfigError(
-            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), or verifies them "
-            "(towers verify open_clip:ViT-B-32)"
+            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), verifies them "
+            "(towers verify open_clip:ViT-B-32), or writes a plug-in (towers new my_backbone)"
         )
     if arguments.table is not None and action != "verify":
         raise ConfigError("--table is for towers verify")
@@ -47,14 +49,31 @@ def towers(arguments: argparse.Namespace) -> None:
     if arguments.source is not None and arguments.source not in sources:
         hint = nearest(arguments.source, sources)
         raise ConfigError(f"unknown source {arguments.source!r}{hint} (known: {', '.join(sources)})")
+    if action == "list":
+        _list_towers(arguments.source, arguments.match)
+        return
+    from vlm_vision.tower import list_backbones
+
     for name in [] if names else list_backbones():
         source, _, model = name.partition(":")
         if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
             names.append(name)
-    if action == "verify":
-        _verify_towers(arguments, names)
-    else:
-        print(*names, sep="\n")
+    _verify_towers(arguments, names)
+
+
+def _list_towers(source: str | None, match: str) -> None:
+    from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
+
+    towers = list_towers(source, match)
+    header = TowerFacts("source:model", *TowerFacts._fields[1:])
+    widths = [max(map(len, column)) for column in zip(header, *towers, strict=True)]
+    for name, *facts, licence in (header, *towers):
+        columns = " ".join(fact.rjust(width) for fact, width in zip(facts, widths[1:], strict=False))
+        print(f"{name.ljust(widths[0])} {columns} {licence}")
+    bare = sum(tower.size == UNKNOWN for tower in towers)
+    if bare:
+        way_out = "vlm-vision towers show SOURCE:MODEL builds one, or says why it cannot"
+        print(f"{bare} without facts: {way_out}", file=sys.stderr)
 
 
 def _verify_towers(arguments: argparse.Namespace, names: Sequence[str]) -> None:
@@ -130,6 +149,15 @@ def _show_tower(source: str) -> None:
         print(f"{name:14} {value}")
     for assumption in info.assumptions:
         print(f"{'assumed':14} {assumption}")
+
+
+def _new_plugin(folder: str) -> None:
+    from vlm_vision.plugin import write_plugin
+
+    print(*write_plugin(folder), sep="\n")
+    print(f"now: pip install -e {folder}")
+    print(f"     python -m pytest {folder}")
+    print(f"     vlm-vision towers show {Path(folder).name}:small")
 
 
 def features(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from vlm_vision.errors import ConfigError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
-from vlm_vision.tower_config import BACKBONES, TowerConfig
+from vlm_vision.tower_config import BACKBONES, TowerConfig, list_source
 from vlm_vision.weights import check_whole, load_strict, read_state_dict, without_init
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -407,11 +407,7 @@ def list_backbones() -> list[str]:
 
     A source that does not list its models stands alone by its name.
     """
-    listed = []
-    for name in BACKBONES.names():
-        models: list[str] = getattr(BACKBONES.config_class(name), "models", list)()
-        listed += [f"{name}:{model}" for model in models] or [name]
-    return listed
+    return [tower for source in BACKBONES.names() for tower in list_source(source)]
 
 
 def saved_folder(source: object) -> Path | None:

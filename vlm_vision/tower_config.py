@@ -69,6 +69,16 @@ class BackboneConfig(Config, ABC):
         )
 
 
+def list_source(source: str) -> list[str]:
+    """Towers of a source as `source:model`; where it does not list its models, its name alone.
+
+    Raises:
+        ConfigError: no such source.
+    """
+    models: list[str] = getattr(BACKBONES.config_class(source), "models", list)()
+    return [f"{source}:{model}" for model in models] or [source]
+
+
 class TowerConfig(Config):
     """A vision tower.
 

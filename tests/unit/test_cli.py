@@ -148,8 +148,8 @@ def test_wrong_arguments_say_what_is_right(
 
 
 def test_towers_lists_and_filters(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = run(capsys, "towers", "--source", "open_clip", "--match", "ViT-L-14-336*").split()
-    assert printed == ["open_clip:ViT-L-14-336", "open_clip:ViT-L-14-336-quickgelu"]
+    _, *rows = run(capsys, "towers", "--source", "open_clip", "--match", "ViT-L-14-336*").splitlines()
+    assert [row.split()[0] for row in rows] == ["open_clip:ViT-L-14-336", "open_clip:ViT-L-14-336-quickgelu"]
     assert "transformers:openai/clip-vit-base-patch16" in run(capsys, "towers", "--source", "transformers")
 
 

@@ -292,16 +292,12 @@ class TrunkInOpenClip(TrunkBackbone):
         self._portable = _portable(config, architecture, preprocess)
 
     @property
-    def trunk(self) -> Any:
-        return self.visual.trunk
+    def _whole(self) -> Any:
+        return self.visual
 
     @staticmethod
     def _trunk_of(model: Any) -> Any:
         return model.trunk
-
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        embedding: Tensor = self.visual(pixels)
-        return embedding
 
     def truncate(self, layer: int) -> None:
         super().truncate(layer)

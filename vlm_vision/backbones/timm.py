@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from jaxtyping import Float
 from timm.data import resolve_model_data_config
 from timm.layers import Format
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vlm_vision.backbone import Backbone, BackboneInfo, Shape, find_size_step
 from vlm_vision.backbones.config import TimmConfig
@@ -25,6 +28,8 @@ from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import load_strict, read_state_dict, without_init
 
 RANDOM = "none"
+# What timm raises where a size does not suit a model.
+REFUSALS = (AssertionError, RuntimeError, ValueError)
 
 
 def list_models() -> list[str]:
@@ -66,6 +71,10 @@ class TrunkBackbone(Backbone):
     """Layers are timm's feature entries: blocks of a ViT, stages of the rest.
 
     Trunks whose entries all have one shape are blocks, so that -2 is their default as for every ViT.
+
+    Pictures of other sizes run through the trunk itself where it takes them (convolutions, ViTs). Where it
+    does not (rotary and relative positions, windows) they run through a trunk with the same tensors, set to
+    their size for this one call, so that nothing of it can be out of date; it costs 10 to 150 ms of a CPU.
     """
 
     def __init__(
@@ -87,19 +96,23 @@ class TrunkBackbone(Backbone):
         """
         super().__init__()
         self._origin, self._twin = origin, twin
+        self._first_size = size = (preprocess.height, preprocess.width)
         takes_prefix = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
         prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
         _take_any_size(trunk)
         # A model without memory is measured itself; as a tower's part it is in evaluation mode too.
         is_meta = any(parameter.is_meta for parameter in model.parameters())
         twin_model, twin_trunk = (model.eval(), trunk) if is_meta else self._build_twin()
-        size = (preprocess.height, preprocess.width)
         try:
             shapes = _shapes(twin_trunk, size)
             with torch.no_grad():
                 embed_dim = twin_model(torch.empty(1, 3, *size, device="meta")).shape[-1]
-        except (AssertionError, RuntimeError) as error:
+        except REFUSALS as error:
             raise ConfigError(f"{origin} does not take pictures of {size[0]}x{size[1]}: {error}") from error
+        size_step = find_size_step(size, shapes, partial(_shapes_or_none, twin_trunk))
+        self._is_set_to_size = size_step is None and hasattr(trunk, "set_input_size")
+        if self._is_set_to_size:
+            size_step = find_size_step(size, shapes, partial(_shapes_at, twin_trunk))
         self.info = BackboneInfo(
             widths=tuple(width for width, _, _ in shapes),
             grids=tuple((rows, columns) for _, rows, columns in shapes),
@@ -107,18 +120,23 @@ class TrunkBackbone(Backbone):
             default_layer=-2 if len(set(shapes)) == 1 < len(shapes) else -1,
             embed_dim=int(embed_dim),
             preprocess=preprocess,
-            size_step=find_size_step(size, shapes, partial(_shapes_or_none, twin_trunk)),
+            size_step=size_step,
         )
 
     @property
-    @abstractmethod
     def trunk(self) -> Any:
         """timm's model."""
+        return self._trunk_of(self._whole)
+
+    @property
+    @abstractmethod
+    def _whole(self) -> Any:
+        """The module that gives image embeddings."""
 
     @staticmethod
     @abstractmethod
     def _trunk_of(model: Any) -> Any:
-        """timm's model within a twin."""
+        """timm's model within it, or within a twin of it."""
 
     def _build_twin(self) -> tuple[Any, Any]:
         with torch.device("meta"):
@@ -127,29 +145,52 @@ class TrunkBackbone(Backbone):
         _take_any_size(trunk)
         return model, trunk
 
+    def _whole_at(self, pixels: Float[Tensor, "b 3 h w"]) -> Any:
+        """The whole module, set to the size of these pixels where it does not follow sizes by itself."""
+        height, width = pixels.shape[-2:]
+        native = (self.info.preprocess.height, self.info.preprocess.width)
+        if not self._is_set_to_size or (height, width) == native:
+            return self._whole
+        try:
+            return set_to_size(self._whole, self._trunk_of, (height, width))
+        except REFUSALS as error:
+            raise ConfigError(
+                f"pixels of {height}x{width}: {self._origin} does not take them: {first_line(error)}"
+            ) from error
+
     def forward_layers(
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
+        trunk = self._trunk_of(self._whole_at(pixels))
         common: dict[str, Any] = {
             "indices": [layer - 1 for layer in layers],
             "stop_early": True,
             "intermediates_only": True,
         }
         if not self.info.prefix_tokens:
-            maps = self.trunk.forward_intermediates(pixels, output_fmt="NCHW", **common)
+            maps = trunk.forward_intermediates(pixels, output_fmt="NCHW", **common)
             return [rearrange(features, "b d h w -> b (h w) d") for features in maps]
-        outputs = self.trunk.forward_intermediates(
-            pixels, output_fmt="NLC", return_prefix_tokens=True, **common
-        )
+        outputs = trunk.forward_intermediates(pixels, output_fmt="NLC", return_prefix_tokens=True, **common)
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        pooled: Tensor = self._whole_at(pixels)(pixels)
+        return pooled
 
     def truncate(self, layer: int) -> None:
         self.trunk.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
 
     def layer_modules(self) -> Sequence[nn.Module]:
+        """A module per layer: timm's own, or a list of all that a layer is made of."""
+        _, twin = self._build_twin()
         held = dict(self.trunk.named_modules())
-        names = dict.fromkeys(entry["module"] for entry in self.trunk.feature_info)
-        return [held[name] for name in names if name in held and not isinstance(held[name], nn.Identity)]
+        layers = [
+            [held[path] for path in paths if not isinstance(held.get(path, nn.Identity()), nn.Identity)]
+            for paths in _paths_of_layers(twin, self._first_size)
+        ]
+        while layers and not layers[-1]:  # freed
+            layers.pop()
+        return [parts[0] if len(parts) == 1 else nn.ModuleList(parts) for parts in layers]
 
     def checkpoint_activations(self, enabled: bool) -> None:
         try:
@@ -166,7 +207,7 @@ class TrunkBackbone(Backbone):
                 if hasattr(trunk, "set_input_size"):
                     trunk.set_input_size(img_size=size)
                 shapes = _shapes(twin, size)
-        except (AssertionError, RuntimeError) as error:
+        except REFUSALS as error:
             raise ConfigError(
                 f"image_size {image_size}: {self._origin} does not take it: {first_line(error)}"
             ) from error
@@ -189,16 +230,12 @@ class TimmBackbone(TrunkBackbone):
         self._portable = config.model_copy(update={"preprocess": preprocess})
 
     @property
-    def trunk(self) -> Any:
+    def _whole(self) -> Any:
         return self.model
 
     @staticmethod
     def _trunk_of(model: Any) -> Any:
         return model
-
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        pooled: Tensor = self.model(pixels)
-        return pooled
 
     def portable_config(self) -> TimmConfig:
         return self._portable
@@ -221,6 +258,57 @@ def _take_any_size(trunk: Any) -> None:
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
 
+class _WithGraph(TorchFunctionMode):
+    """Within it, what is computed keeps its graph, even under `no_grad` and when it becomes a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch.enable_grad():
+            made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.grad_fn is not None:
+            self._made[made.data_ptr()] = made
+        return made
+
+    def of(self, parameter: nn.Parameter) -> Tensor:
+        """What a parameter was made of, with its graph: both have the same memory."""
+        return self._made[parameter.data_ptr()].view(parameter.shape)
+
+
+def set_to_size(model: nn.Module, trunk_of: Callable[[Any], Any], size: tuple[int, int]) -> Any:
+    """The like of a model for pictures of another size, with the same tensors and hooks.
+
+    timm's `set_input_size` resamples what depends on the size; where that learns, gradients reach what it was
+    resampled from. The model itself stays as it is.
+
+    Args:
+        trunk_of: gives timm's model within the model.
+
+    Raises:
+        AssertionError, RuntimeError, ValueError: timm's, where the size does not suit.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    native = set(shared)
+    for module in model.modules():
+        shared |= {id(value): value for name, value in vars(module).items() if "hooks" in name}
+    like = copy.deepcopy(model, shared)
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    graph = _WithGraph()
+    with graph if learns else nullcontext():
+        trunk_of(like).set_input_size(img_size=size)
+    for module in like.modules() if learns else ():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or id(parameter) in native or not parameter.requires_grad:
+                continue
+            delattr(module, name)
+            setattr(module, name, graph.of(parameter))
+    return like
+
+
 @torch.no_grad()
 def _shapes(trunk: Any, size: tuple[int, int]) -> list[Shape]:
     """Channels, rows and columns after each layer of a trunk without memory."""
@@ -232,8 +320,58 @@ def _shapes(trunk: Any, size: tuple[int, int]) -> list[Shape]:
 def _shapes_or_none(trunk: Any, size: tuple[int, int]) -> list[Shape] | None:
     try:
         return _shapes(trunk, size)
-    except (AssertionError, RuntimeError):
+    except REFUSALS:
         return None
+
+
+@torch.no_grad()
+def _shapes_at(trunk: Any, size: tuple[int, int]) -> list[Shape] | None:
+    """Shapes of a trunk that is set to the size first."""
+    try:
+        return _shapes(set_to_size(trunk, lambda model: model, size), size)
+    except REFUSALS:
+        return None
+
+
+def _paths_of_layers(trunk: Any, size: tuple[int, int]) -> list[list[str]]:
+    """Where the modules of each layer are: the largest whose parameters are all of that layer.
+
+    A parameter is of the first layer that depends on it; but the stem, and what else lies beside the part
+    that timm names as the first layer's, is of none.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        picture = torch.empty(1, 3, *size, device="meta")
+        maps = trunk.forward_intermediates(picture, output_fmt="NCHW", intermediates_only=True)
+    layer_of = dict(_first_use(maps))
+    paths: list[list[str]] = [[] for _ in maps]
+    named, _, _ = str(trunk.feature_info[0]["module"]).rpartition(".")
+
+    def place(module: nn.Module, path: str) -> None:
+        layers = {layer_of[parameter] for parameter in module.parameters() if parameter in layer_of}
+        if len(layers) > 1 or f".{named}.".startswith(f"{path}."):
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}")
+        elif layers:
+            paths[layers.pop()].append(path[1:])
+
+    place(trunk, "")
+    paths[0] = [path for path in paths[0] if path.startswith(f"{named}.")] or paths[0]
+    return paths
+
+
+def _first_use(outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """Every parameter on which outputs depend, and the number of the first of them that does."""
+    seen: set[Any] = set()
+    for number, output in enumerate(outputs):
+        nodes = [output.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                yield node.variable, number
+            nodes += [following for following, _ in node.next_functions]
 
 
 def _preprocess(model: Any) -> PreprocessConfig:
