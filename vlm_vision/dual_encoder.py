@@ -90,8 +90,9 @@ class DualEncoder(nn.Module):
         folder = resolve_folder(source)
         config, state = read_folder(folder, DUAL_ENCODER_TYPE)
         with without_init():
-            tower = VisionTower(config, config.backbone.build(load_weights=False))
-            model = cls(tower, config.backbone.build_text(load_weights=False))
+            backbone = config.backbone.build(load_weights=False)
+            text = config.backbone.build_text(load_weights=False)
+        model = cls(VisionTower(config, backbone), text)
         load_strict(model, state, str(folder))
         return model.eval()
 

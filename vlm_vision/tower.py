@@ -310,7 +310,7 @@ class VisionTower(nn.Module):
             }
         with without_init():
             backbone = stored.backbone.build(load_weights=False)
-            tower = cls(stored, backbone)
+        tower = cls(stored, backbone)
         load_strict(tower, state, str(folder))
         if overrides:
             wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))

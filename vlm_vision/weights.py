@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from vlm_vision.compat import under_names
 from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
 
 SHARDS_SUFFIX = ".index.json"
+RANDOM_FILLS = ("normal_", "uniform_")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -163,13 +168,37 @@ def fingerprint(module: nn.Module, settings: str) -> str:
 def without_init(skip: bool = True) -> Iterator[None]:
     """Build modules whose parameters all come from a file.
 
-    They are on the meta device until `load_strict` assigns the file's own memory to them, so that they take
-    neither memory nor time to fill with random numbers. Buffers are computed as ever.
+    Filling them with random numbers is skipped, and memory that is never written is never taken; at the end
+    they are on the meta device, until `load_strict` assigns the file's own memory to them. Buffers are
+    computed as ever, and models may run while they are built, as some do to learn their shapes.
     """
     if not skip:
         yield
         return
-    from accelerate import init_empty_weights
+    owners: list[nn.Module] = []
+    hook = register_module_parameter_registration_hook(lambda module, *_: owners.append(module))
+    # The function of torch draws again until nothing lies outside: without its draws it might never end.
+    truncated = patch.object(nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor)
+    try:
+        with _WithoutInit(), truncated:
+            yield
+    finally:
+        hook.remove()
+    for module in owners:
+        for name, parameter in module.named_parameters(recurse=False):
+            unread = torch.empty_like(parameter, device="meta")
+            setattr(module, name, nn.Parameter(unread, requires_grad=parameter.requires_grad))
 
-    with init_empty_weights(include_buffers=False):
-        yield
+
+class _WithoutInit(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        changes = name.endswith("_") and not name.startswith("_") and name != "requires_grad_"
+        target = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        # `parameter.data`, which older models fill, is no parameter; but only parameters are drawn at random.
+        if changes and (isinstance(target, nn.Parameter) or name in RANDOM_FILLS):
+            return target
+        return func(*args, **kwargs)

@@ -104,6 +104,7 @@ def test_the_catalogue_is_made_of_every_source(tmp_path: Path, monkeypatch: pyte
     """By the function behind `python -m vlm_vision.catalogue`, cut to a few models of which one fails."""
     names = {"open_clip": ["open_clip:ViT-S-32"], "timm": ["timm:test_vit", "timm:absent"]}
     monkeypatch.setattr(catalogue, "list_source", lambda source: names.get(source, []))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     make(tmp_path / "catalogue.csv")
     lines = (tmp_path / "catalogue.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"# open_clip {open_clip.__version__}, timm {timm.__version__}"

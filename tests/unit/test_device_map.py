@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm_vision import VisionTower, load_tower
 from vlm_vision.device_map import place
-from vlm_vision.errors import ConfigError, MissingExtraError, WeightsError
+from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.extract import extract_file
 from vlm_vision.tower import describe_tower
 
@@ -165,13 +165,6 @@ def test_an_offloaded_tower_is_neither_saved_nor_given_a_data_set(tmp_path: Path
 def test_maps_that_cannot_be_done_say_why(device_map: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         tiny_tower(device_map=device_map, **options)
-
-
-def test_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert tiny_tower(device_map="cpu").device.type == "cpu"
-    with pytest.raises(MissingExtraError, match=r"vlm_vision\[devices\]"):
-        tiny_tower(device_map="auto")
 
 
 def test_a_described_tower_says_that_it_has_no_weights() -> None:

@@ -21,8 +21,9 @@ from vlm_vision.weights import without_init
 
 
 def through_data() -> nn.Module:
-    """As models of older libraries are filled."""
+    """As models of older libraries are filled, and timm's."""
     linear = nn.Linear(4, 4)
+    nn.init.trunc_normal_(linear.weight)  # draws until all fit
     linear.weight.data.normal_()
     linear.bias.data.uniform_(-1, 1)
     return linear
@@ -41,16 +42,20 @@ def through_data() -> nn.Module:
 def test_without_init_fills_nothing_with_random_numbers(build: Callable[[], nn.Module]) -> None:
     """A 7B model takes minutes to fill with numbers that a file replaces."""
     with Fills() as fills, without_init():
-        build()
+        model = build()
     assert fills.names == []
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
     with Fills() as fills:
         build()
     assert fills.names
 
 
-@pytest.mark.parametrize("name", ["open_clip:PE-Core-T-16-384", "timm:vit_small_patch16_rope_224"])
-def test_models_that_compute_buffers_load_from_a_file(name: str, tmp_path: Path) -> None:
-    """Rotary positions are on the CPU while the parameters still wait for theirs."""
+@pytest.mark.parametrize(
+    "name", ["open_clip:PE-Core-T-16-384", "open_clip:ViTamin-S", "timm:vit_small_patch16_rope_224"]
+)
+def test_models_that_compute_while_they_are_built_load_from_a_file(name: str, tmp_path: Path) -> None:
+    """Rotary positions, and a trunk that runs to learn its shapes."""
     tower = load_tower(f"{name}@none", pooled_head=True)
     prefix = "backbone." if name.startswith("open_clip") else "backbone.model."
     state = {key.removeprefix(prefix): tensor for key, tensor in tower.state_dict().items()}
@@ -60,6 +65,8 @@ def test_models_that_compute_buffers_load_from_a_file(name: str, tmp_path: Path)
     pixels = torch.randn(1, 3, again.image_processor.config.height, again.image_processor.config.width)
     with torch.no_grad():
         assert torch.equal(again(pixels), tower(pixels))
+        again.save_pretrained(tmp_path / "tower")
+        assert torch.equal(load_tower(tmp_path / "tower")(pixels), tower(pixels))
 
 
 class Fills(TorchDispatchMode):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class TrunkBackbone(Backbone):
         prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
         _take_any_size(trunk)
         # A model without memory is measured itself; as a tower's part it is in evaluation mode too.
-        is_meta = all(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
+        is_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         twin_model, twin_trunk = (model.eval(), trunk) if is_meta else self._build_twin()
         try:
             shapes = _shapes(twin_trunk, size)
