@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +182,19 @@ class TrunkBackbone(Backbone):
 
     def layer_modules(self) -> Sequence[nn.Module]:
         """A module per layer: timm's own, or a list of all that a layer is made of."""
-        _, twin = self._build_twin()
         held = dict(self.trunk.named_modules())
         layers = [
             [held[path] for path in paths if not isinstance(held.get(path, nn.Identity()), nn.Identity)]
-            for paths in _paths_of_layers(twin, self._first_size)
+            for paths in self._layer_paths
         ]
         while layers and not layers[-1]:  # freed
             layers.pop()
         return [parts[0] if len(parts) == 1 else nn.ModuleList(parts) for parts in layers]
+
+    @cached_property
+    def _layer_paths(self) -> list[list[str]]:
+        _, twin = self._build_twin()
+        return _paths_of_layers(twin, self._first_size)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         try:
