@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
             raise ConfigError(
                 f"layer {config.layer}: its grids differ, {sorted(grids)}, so they cannot be joined"
             )
-        if config.select in ("cls", "cls_patch") and info.prefix_tokens == 0:
+        if config.select in ("cls", "cls_patch") and not info.has_class_token:
             raise ConfigError(
                 f"select {config.select!r}: this backbone has no class token; use select 'patch'"
             )

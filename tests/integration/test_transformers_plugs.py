@@ -72,7 +72,7 @@ TRANSFORMERS = {
         "weights": "none",
     }
 }
-TIMM = {"backbone": "timm:test_vit4@none"}  # one class token and one register
+TIMM = {"backbone": "timm:test_vit4@none"}  # one register and no class token
 PATCHES_ONLY = {"backbone": "timm:test_vit_relpos@none"}  # no class token, and buffers that are not saved
 FUSED = {"backbone": {"name": "fused", "parts": [TOWER["backbone"], TRANSFORMERS["backbone"]]}}
 KINDS = {

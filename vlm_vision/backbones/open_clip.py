@@ -419,12 +419,17 @@ def _preprocess(config: OpenClipConfig, side: int | tuple[int, int]) -> Preproce
     beside = Path(str(config.weights)) / PREPROCESSOR_FILE
     if not record and beside.is_file():  # a folder of transformers
         return read_preprocess(beside).at_size(side)
+    resize = record.get("resize_mode") or defaults.resize
+    interpolation = record.get("interpolation") or defaults.interpolation
+    if resize == "shortest" and not isinstance(side, int):
+        interpolation = "bicubic"  # open_clip's transform leaves out the setting there
     return defaults.model_copy(
         update={
             "mean": tuple(record.get("mean") or defaults.mean),
             "std": tuple(record.get("std") or defaults.std),
-            "interpolation": record.get("interpolation") or defaults.interpolation,
-            "resize": record.get("resize_mode") or defaults.resize,
+            "interpolation": interpolation,
+            "resize": resize,
+            "fill": record.get("fill_color") or defaults.fill,
         }
     )
 

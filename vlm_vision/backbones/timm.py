@@ -99,6 +99,7 @@ class TrunkBackbone(Backbone):
         self._first_size = size = (preprocess.height, preprocess.width)
         takes_prefix = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
         prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
+        has_class_token = getattr(trunk, "has_class_token", getattr(trunk, "cls_token", None) is not None)
         _take_any_size(trunk)
         # A model without memory is measured itself; as a tower's part it is in evaluation mode too.
         is_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
@@ -121,6 +122,7 @@ class TrunkBackbone(Backbone):
             embed_dim=int(embed_dim),
             preprocess=preprocess,
             size_step=size_step,
+            registers=max(0, prefix_tokens - has_class_token),
         )
 
     @property
@@ -379,13 +381,17 @@ def _first_use(outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
 
 
 def _preprocess(model: Any) -> PreprocessConfig:
+    """timm's own transform for evaluation: `transforms_imagenet_eval` of timm/data/transforms_factory.py."""
     data = resolve_model_data_config(model)
     height, width = data["input_size"][-2:]
+    rows, columns = (int(side / data["crop_pct"]) for side in (height, width))
+    pads = data["crop_mode"] == "border"
     return PreprocessConfig(
         image_size=height if height == width else (height, width),
-        resize="squash" if data["crop_mode"] == "squash" else "shortest",
-        resize_to=int(height / data["crop_pct"]),
+        resize="longest" if pads else "squash" if data["crop_mode"] == "squash" else "shortest",
+        resize_to=rows if rows == columns else (rows, columns),
         interpolation=data["interpolation"],
+        fill=tuple(round(255 * level) for level in data["mean"]) if pads else 0,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )

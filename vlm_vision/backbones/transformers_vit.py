@@ -121,6 +121,7 @@ class VitBackbone(LibraryBackbone):
             # Where the native size is no multiple, what is over is dropped there, and there alone.
             size_step=None if preprocess.height % self._step or preprocess.width % self._step else self._step,
             any_size=family.any_size,
+            registers=getattr(model_config, "num_register_tokens", 0),
             assumptions=family.assumptions,
         )
 

@@ -130,7 +130,7 @@ def llava_fields(tower: VisionTower) -> dict[str, Any]:
     select = tower.config.select
     if select not in ("patch", "cls_patch"):
         raise ConfigError(f"select {select!r}: a LLaVA of transformers reads patches; use select 'patch'")
-    drops_first = select == "patch" and tower.backbone.info.prefix_tokens > 0
+    drops_first = select == "patch" and tower.backbone.info.has_class_token
     layers = [layer - tower.backbone.info.num_layers - 1 for layer in tower.layers]
     return {
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
@@ -508,7 +508,7 @@ def _facts(tower: VisionTower) -> dict[str, Any]:
         "patch_size": tower.patch_size,
         "num_hidden_layers": info.num_layers,
         "num_held_layers": info.num_layers if tower.config.keeps_head else deepest,
-        "has_class_token": info.prefix_tokens > 0,
+        "has_class_token": info.has_class_token,
     }
 
 
