@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,11 @@ _QUARTERS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]  # rows become
 # A JPEG is decoded at 1/8, 1/4 or 1/2 as long as it stays this many times larger than what it is resized to,
 # which is Pillow's own choice for thumbnails.
 _DECODING_GAP = 2.0
+_JPEG, _SCAN = b"\xff\xd8", 0xFFDA  # how a file starts, and what follows its header
+_FRAMES = {0xFFC0, 0xFFC1, 0xFFC2}  # baseline, extended, progressive
+_PLAIN = {0xFFC4, 0xFFDB, 0xFFDD, 0xFFE0, 0xFFFE}  # tables, JFIF, comments
+_SEGMENT = struct.Struct(">HH").unpack_from  # marker, length
+_FRAME = struct.Struct(">BHHB").unpack_from  # bits, rows, columns, channels
 _BYTE_OF_DEEP_GREY = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255, rounded
 
 
@@ -74,6 +81,9 @@ def open_quickly(
     Raises:
         DataError: as `open_image`.
     """
+    plain = _open_plain_jpeg(source, resized)
+    if plain is not None:
+        return plain
     with _reading(source) as (image, name):
         if isinstance(source, Image.Image) or not isinstance(image, JpegImageFile) or image.mode != "RGB":
             upright = _decode(image, name)
@@ -81,13 +91,14 @@ def open_quickly(
             return pixels, resized(upright.height, upright.width), (upright.height, upright.width)
         turn = _TURNS.get(_orientation(image))
         size = (image.width, image.height) if turn in _QUARTERS else (image.height, image.width)
-        rows, columns = resized(*size)
-        most = min(size[0] / rows, size[1] / columns) / _DECODING_GAP
-        scale = next((scale for scale in (8, 4, 2) if scale <= most), 1)
+        wanted = resized(*size)
+        scale = _decoding_scale(size, wanted)
         if scale == 1 and turn is None:
-            return _decode_whole(image, name), (rows, columns), size
+            whole = _decode_whole(_content(image))
+            if whole is not None:
+                return whole, wanted, size
         image.draft("RGB", (image.width // scale, image.height // scale))
-        return _pixels(_decode(image, name)), (rows, columns), (size[0] / scale, size[1] / scale)
+        return _pixels(_decode(image, name)), wanted, (size[0] / scale, size[1] / scale)
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -189,23 +200,94 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     return upright
 
 
-def _decode_whole(image: JpegImageFile, name: str) -> UInt8[Tensor, "3 h w"]:
-    """Pillow's bytes, without its fourth channel and its copies, as long as torchvision can."""
-    decode_jpeg = _torchvision_decoder()
-    if decode_jpeg is None:
-        return _pixels(_decode(image, name))
-    assert image.fp is not None
-    image.fp.seek(0)
-    content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-    pixels: Tensor = decode_jpeg(content, 3)  # 3 is RGB
-    return pixels
+def _open_plain_jpeg(
+    source: Picture, resized: Callable[[int, int], tuple[int, int]]
+) -> tuple[UInt8[Tensor, "3 h w"], tuple[int, int], tuple[float, float]] | None:
+    """`open_quickly` of a JPEG of which no more than the size need be known; None of all else.
+
+    Pillow's reading of the header takes a tenth of the time that all the rest does.
+    """
+    content = _bytes_of_jpeg(source)
+    size = _size_of_plain_jpeg(content)
+    if size is None:
+        return None
+    wanted = resized(*size)
+    pixels = _decode_whole(content) if _decoding_scale(size, wanted) == 1 else None
+    return None if pixels is None else (pixels, wanted, size)
 
 
-def _torchvision_decoder() -> Any:
+def _bytes_of_jpeg(source: Picture) -> bytes:
+    """A JPEG file's content; nothing where it is none or cannot be read: the long way says so."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, (str, Path)):
+        return b""
+    try:
+        with open(source, "rb") as file:
+            start = file.read(len(_JPEG))
+            return start + file.read() if start == _JPEG else b""
+    except (OSError, ValueError):
+        return b""
+
+
+def _size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
+    """Rows and columns of a JPEG of three channels, within the limits and without EXIF or the like."""
+    place, size = 2, None
+    while content[:2] == _JPEG and place + 10 <= len(content):
+        marker, length = _SEGMENT(content, place)
+        if marker == _SCAN:
+            return size
+        if marker in _FRAMES:
+            bits, height, width, channels = _FRAME(content, place + 4)
+            fits = width * height <= MAX_PIXELS and 0 < max(height, width) <= MAX_ASPECT * min(height, width)
+            size = (height, width) if bits == 8 and channels == 3 and fits else None
+        elif marker not in _PLAIN:
+            return None
+        place += 2 + length
+    return None
+
+
+def _decoding_scale(size: tuple[int, int], resized: tuple[int, int]) -> int:
+    most = min(size[0] / resized[0], size[1] / resized[1]) / _DECODING_GAP
+    return next((scale for scale in (8, 4, 2) if scale <= most), 1)
+
+
+def _decode_whole(content: bytes) -> UInt8[Tensor, "3 h w"] | None:
+    """Pillow's bytes without its fourth channel and its copies; None where Pillow has to tell why not."""
+    decode = _jpeg_decoder()
+    if decode is None:
+        return None
+    try:
+        return decode(content)
+    except (RuntimeError, ValueError):
+        return None
+
+
+@cache
+def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
+    """simplejpeg where it is installed; else torchvision's, as long as it has one."""
+    try:
+        from simplejpeg import decode_jpeg
+    except ImportError:
+        return _torchvision_decoder()
+    return lambda content: torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
+
+
+def _torchvision_decoder() -> Callable[[bytes], Tensor] | None:
     """The operator, not its wrapper, which warns at each call that a later torchvision has neither."""
     import torchvision.io  # noqa: F401 (registers the operator)
 
-    return getattr(torch.ops.image, "decode_jpeg", None)
+    operator = getattr(torch.ops.image, "decode_jpeg", None)
+    if operator is None:
+        return None
+    decode_jpeg, rgb = operator.default, 3
+    return lambda content: decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), rgb)
+
+
+def _content(image: JpegImageFile) -> bytes:
+    assert image.fp is not None
+    image.fp.seek(0)
+    return image.fp.read()
 
 
 def _pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:

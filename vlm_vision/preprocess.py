@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ __all__ = [
     "read_preprocess",
     "resized_size",
 ]
+_SHIFT = 1 / 256  # of a pixel, by which `fast` may move a picture to resize less of it
 
 
 class ImageProcessor:
@@ -49,10 +51,13 @@ class ImageProcessor:
 
     Args:
         config: what the weights were trained with.
-        fast: resize every picture by torch, and decode a JPEG file at a half, a quarter or an eighth of its
-            size while that leaves twice the size that is needed. Photographs differ from the exact ones by
-            0.2 levels on average (noise, at an eighth, by 1), by 2 to 5 at most, by 11 along an edge where
-            the scaled file ends within a pixel. `benchmarks/preprocess.py` measures difference and gain.
+        fast: resize every picture by torch, and no more of it than is kept; decode a JPEG file at a half, a
+            quarter or an eighth of its size while that leaves twice the size that is needed, and otherwise by
+            simplejpeg (of the extra `fast`) or torchvision, whose bytes are Pillow's. Photographs decoded
+            whole differ from the exact ones by 0.005 levels on average and 2 at most; scaled ones by 0.3 on
+            average (noise, at an eighth, by 1), by 6 at most, by 11 along an edge where the scaled file ends
+            within a pixel. `benchmarks/preprocess.py` measures difference and gain. What is refused is the
+            same.
 
     Raises:
         ConfigError: `fast` with an interpolation that torch lacks.
@@ -79,7 +84,7 @@ class ImageProcessor:
             ConfigError: a tensor, and an interpolation that torch lacks.
         """
         if isinstance(images, Tensor) and images.ndim == 4 and not _is_for_pillow(images):
-            return self.normalise(self._resize_tensors(images))
+            return self.normalise(self._resize_tensors(_checked(images)))
         several = _listed(images)
         squares = []
         for number, image in enumerate(several, start=1):
@@ -90,9 +95,10 @@ class ImageProcessor:
                 raise DataError(f"{place}{error}") from error
         if not squares:
             raise DataError("no picture was given")
-        devices = sorted({str(square.device) for square in squares})
+        devices = {square.device for square in squares}
         if len(devices) > 1:
-            raise DataError(f"pictures lie on several devices ({', '.join(devices)}): move them to one")
+            names = sorted(map(str, devices))
+            raise DataError(f"pictures lie on several devices ({', '.join(names)}): move them to one")
         if len({square.shape for square in squares}) > 1:
             return [self.normalise([square])[0] for square in squares]
         return self.normalise(squares)
@@ -107,7 +113,7 @@ class ImageProcessor:
             DataError: a picture that cannot be read.
         """
         if isinstance(image, Tensor) and not _is_for_pillow(image):
-            return self._resize_tensors(image[None])[0]
+            return self._resize_tensors(_checked(image[None]))[0]
         if self.fast:
             pixels, size, covered = open_quickly(image, lambda *size: resized_size(self.config, *size))
             return self._resize_tensors(pixels[None], size, covered)[0]
@@ -128,7 +134,6 @@ class ImageProcessor:
                 "out `backbone.preprocess`: as it is, without max_patches and patch_size, with resize: squash"
             )
 
-    @torch.no_grad()
     def normalise(
         self, squares: Num[Tensor, "b h w 3"] | Sequence[Num[Tensor, "h w 3"]]
     ) -> Float[Tensor, "b 3 h w"]:
@@ -141,15 +146,18 @@ class ImageProcessor:
             self.check_one_size("a batch")
         height, width, _ = squares[0].shape
         pixels = torch.empty(len(squares), 3, height, width, dtype=torch.float32, device=squares[0].device)
-        pairs = list(zip(squares, pixels, strict=True))  # one after another, each stays in the CPU's cache
+        pairs = [(square, pixels[place]) for place, square in enumerate(squares)]
         if isinstance(squares, Tensor) and squares.device.type != "cpu":
             pairs = [(squares, pixels)]  # what a GPU wants are few calls
-        for square, picture in pairs:
-            for channel, (mean, std) in enumerate(zip(self.config.mean, self.config.std, strict=True)):
-                plane = picture[..., channel, :, :].copy_(square[..., channel])
-                unit = 255 if square.dtype == torch.uint8 else 1
-                if self.fast:
-                    plane.mul_(1 / (unit * std)).add_(-mean / std)  # half the time, and the last bit
+        for square, picture in pairs:  # one after another, each stays in the CPU's cache
+            unit = 255 if square.dtype == torch.uint8 else 1
+            planes = zip(picture.unbind(-3), square.detach().unbind(-1), strict=True)
+            for channel, (plane, levels) in enumerate(planes):
+                mean, std = self.config.mean[channel], self.config.std[channel]
+                plane.copy_(levels)
+                if self.fast:  # one pass for three, and the last bit
+                    shift = torch.full((), -mean / std, dtype=torch.float32, device=plane.device)
+                    torch.add(shift, plane, alpha=1 / (unit * std), out=plane)
                 else:
                     plane.div_(unit).sub_(mean).div_(std)
         return pixels
@@ -197,7 +205,6 @@ class ImageProcessor:
         window.paste(image, (-left, -top))
         return window
 
-    @torch.no_grad()
     def _resize_tensors(
         self,
         pictures: Num[Tensor, "b 3 height width"],
@@ -210,7 +217,6 @@ class ImageProcessor:
             size: rows and columns before the crop; None follows from the picture's own.
             covered: of the picture's rows and columns, those that are picture; None takes all.
         """
-        _check_tensors(pictures)
         config = self.config
         given = tuple(pictures.shape[-2:])
         rows, columns = size or resized_size(config, *given)
@@ -225,15 +231,19 @@ class ImageProcessor:
         passes = [(rows, columns)] if (rows, columns) != given else []
         if passes and config.resize_in == "bytes" and pictures.is_floating_point():
             passes = [(given[0], columns), (rows, columns)]  # Pillow rounds and clips after each of its two
+        fills = rows >= height and columns >= width
+        ratios = (rows / covered[0], columns / covered[1]) if covered else None
+        if ratios and fills and passes == [(rows, columns)]:
+            tall, high, top = _needed(given[0], ratios[0], rows, top, height)
+            wide, broad, left = _needed(given[1], ratios[1], columns, left, width)
+            pictures, passes = pictures[..., tall, wide], [(high, broad)]
         for wanted in passes:
-            pictures = _interpolate(pictures, wanted, covered, config)
+            pictures = _interpolate(pictures, wanted, ratios, config)
             if len(passes) > 1:
                 pictures = pictures.round_().clamp_(0, 255) if in_bytes else pictures.clamp_(0, 1)
-        resized = pictures.to(torch.uint8) if in_bytes else pictures
-        if rows >= height and columns >= width:
-            window = resized[..., top : top + height, left : left + width]
-            squares: Tensor = rearrange(window, "b c h w -> b h w c")
-            return squares
+        resized = pictures.to(torch.uint8) if in_bytes and pictures.is_floating_point() else pictures
+        if fills:
+            return resized[..., top : top + height, left : left + width].permute(0, 2, 3, 1)
         edges = (-left, left + width - columns, -top, top + height - rows)
         levels = [level if in_bytes else level / 255 for level in _fill(config)]
         planes = zip(resized.unbind(1), levels, strict=True)
@@ -305,18 +315,34 @@ def _fill(config: PreprocessConfig) -> tuple[int, int, int]:
 def _interpolate(
     pictures: Num[Tensor, "b 3 height width"],
     size: tuple[int, int],
-    covered: tuple[float, float] | None,
+    ratios: tuple[float, float] | None,
     config: PreprocessConfig,
 ) -> Num[Tensor, "b 3 rows columns"]:
+    """`torch.nn.functional.interpolate`, which takes a size or ratios, but not both."""
     _check_torch_knows(config)
-    wanted: dict[str, Any] = {"size": size}
-    if covered is not None and covered != tuple(pictures.shape[-2:]):
-        # A whisker more than the ratios, as torch rounds down the size that follows from them.
-        ratios = [target / source for target, source in zip(size, covered, strict=True)]
-        wanted = {"scale_factor": [ratio * (1 + 1e-9) for ratio in ratios]}
-    return functional.interpolate(
-        pictures, **wanted, mode=config.interpolation, align_corners=False, antialias=True
-    )
+    resize = getattr(torch.ops.aten, f"_upsample_{config.interpolation}2d_aa")
+    resized: Tensor = resize(pictures, size, False, *(ratios or (None, None)))
+    return resized
+
+
+@lru_cache(maxsize=1024)
+def _needed(given: int, ratio: float, resized: int, first: int, wanted: int) -> tuple[slice, int, int]:
+    """What has to be resized of an axis for `wanted` pixels, from `first` on, of the resized one.
+
+    torch counts from where the axis begins. So a cut lies where pixels of both axes end, to `_SHIFT` at most.
+
+    Returns:
+        The pixels; how many to make of them; the place of the first wanted one among these.
+    """
+    step = 1 / ratio
+    reach = 2 * max(step, 1) + 1  # bicubic's, and a pixel for what is rounded
+    stop = min(given, math.ceil((first + wanted) * step + reach))
+    ends = range(int(first + 0.5 - reach / step), 0, -1)
+    skipped = next((end for end in ends if abs(end * step - round(end * step)) <= _SHIFT), 0)
+    start, made = round(skipped * step), first + wanted - skipped
+    if made == stop - start and resized != given:
+        return slice(given), resized, first  # torch takes equal sizes for the same axis, whatever the ratio
+    return slice(start, stop), made, first - skipped
 
 
 def _check_torch_knows(config: PreprocessConfig) -> None:
@@ -327,21 +353,21 @@ def _check_torch_knows(config: PreprocessConfig) -> None:
         )
 
 
-def _check_tensors(pictures: Tensor) -> None:
+def _checked(pictures: Tensor) -> Num[Tensor, "b 3 height width"]:
+    pictures = pictures.detach()
     shape = list(pictures.shape)
     if pictures.ndim != 4 or shape[1] != 3:
         raise DataError(f"a tensor of pictures is [3, h, w] or [b, 3, h, w]; this one is {shape[-3:]}")
     check_size(shape[3], shape[2], "tensor")
-    if pictures.dtype == torch.uint8:
-        return
-    if not pictures.is_floating_point():
+    if not pictures.is_floating_point() and pictures.dtype != torch.uint8:
         raise DataError(f"a tensor of {pictures.dtype}: give bytes (torch.uint8), or floats from 0 to 1")
-    if pictures.device.type != "meta":
+    if pictures.is_floating_point() and pictures.device.type != "meta":
         least, most = (float(bound) for bound in pictures.float().aminmax())
         if not (least >= 0 and most <= 1):  # so written, nan is refused too
             raise DataError(
                 f"a tensor of floats from {least:g} to {most:g}: give 0 to 1, or bytes (torch.uint8)"
             )
+    return pictures
 
 
 def _is_for_pillow(pixels: Tensor) -> bool:

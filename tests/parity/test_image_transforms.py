@@ -242,6 +242,20 @@ def test_levels_by_which_todays_default_processors_differ(
         assert float(difference.mean()) <= 0.05, picture.size  # measured 0.043
 
 
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs the photographs of shared/data")
+@pytest.mark.parametrize("side", [224, 336])
+def test_levels_by_which_the_fast_path_differs_from_todays_default(side: int, tmp_path: Path) -> None:
+    theirs = processor_class("CLIPImageProcessor")(**crop(side, side))
+    theirs.save_pretrained(tmp_path)
+    fast = ImageProcessor.from_pretrained(tmp_path, fast=True)
+    level = 1 / 255 / torch.tensor(fast.config.std)[:, None, None]
+    differences = []
+    for path in sorted(PHOTOGRAPHS.glob("*.jpg"))[:24]:
+        differences.append((fast(path)[0] - pixels_of(theirs, Image.open(path))).abs() / level)
+    assert max(float(difference.max()) for difference in differences) <= 2.01  # measured 2
+    assert float(torch.stack(differences).mean()) <= 0.01  # measured 0.002
+
+
 SAVED = [
     PreprocessConfig(image_size=224, crop_rounding="down"),
     pytest.param(PreprocessConfig(image_size=(224, 300), resize_to=230, crop_rounding="down"), marks=PADS),
