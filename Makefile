@@ -43,15 +43,15 @@ $(PINNED)/.installed: pyproject.toml tests/pinned/$(PINS).txt
 	$(PINNED)/bin/python -m pip check
 	touch $@
 
-# Static checkers follow folders, not package-dir: these git-ignored links show them the whole package.
+# Static checkers follow folders, not package-dir: these git-ignored links show them the whole package. They
+# go whatever comes of it, since an installation would take them for folders of the package.
+LINKS := vlm_vision/adapters vlm_vision/train
 check: setup
-	ln -sfn ../adapters vlm_vision/adapters
-	ln -sfn ../train vlm_vision/train
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy --package vlm_vision
+	trap 'rm -f $(LINKS)' EXIT; ln -sfn ../adapters ../train vlm_vision && \
+	$(BIN)/ruff format --check . && \
+	$(BIN)/ruff check . && \
+	$(BIN)/mypy --package vlm_vision && \
 	$(BIN)/python -m pytest tests/unit/test_imports.py
-	rm -f vlm_vision/adapters vlm_vision/train
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

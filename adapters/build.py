@@ -15,6 +15,7 @@ from vlm_vision.adapters.config import PROJECTORS, BuildArguments, Grid, Project
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.config import validate
 from vlm_vision.errors import WeightsError
+from vlm_vision.weights import check_whole
 
 
 def list_projectors() -> list[str]:
@@ -47,8 +48,13 @@ def build_projector(
 
 
 def save_projector(projector: Projector, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`."""
-    folder = Path(folder)
+    """Write `config.json` and `model.safetensors`.
+
+    Raises:
+        WeightsError: as `check_whole`.
+    """
+    folder, state = Path(folder), projector.state_dict()
+    check_whole(state, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
     description = {
         "projector": projector.config.model_dump(mode="json"),
@@ -57,11 +63,8 @@ def save_projector(projector: Projector, folder: str | Path) -> None:
         "grid": list(projector.grid),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    state = {name: tensor.contiguous() for name, tensor in projector.state_dict().items()}
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    if empty:
-        raise WeightsError(f"{folder}: {', '.join(empty)} empty, as shards of ZeRO-3 are; gather them first")
-    save_file(state, folder / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:

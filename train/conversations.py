@@ -493,7 +493,7 @@ class ConversationDataset(Dataset[Sample]):
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
-            self.image_processor.normalise(torch.stack(squares)) if squares else None,
+            self.image_processor.normalise(squares) if squares else None,
             replaced,
             encoded.truncated,
         )

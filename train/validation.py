@@ -69,7 +69,7 @@ def embed_pictures(model: DualEncoder, pairs: Pairs) -> Float[Tensor, "n e"]:
     with progress_bar(len(pairs), "embed pictures") as bar:
         for start in range(0, len(pairs), BATCH_SIZE):
             stop = min(start + BATCH_SIZE, len(pairs))
-            squares = torch.stack([processor.to_square(pairs.open(index)) for index in range(start, stop)])
+            squares = [processor.to_square(pairs.open(index)) for index in range(start, stop)]
             embeddings.append(model.encode_image(processor.normalise(squares)).float().cpu())
             bar.update(stop - start)
     return torch.cat(embeddings)

@@ -58,7 +58,8 @@ class VisionLanguageModel(nn.Module):
         tokenizer: the language model's, with the chat template that conversations are written by.
 
     Raises:
-        ConfigError: widths that do not fit, or a tokenizer without chat template.
+        ConfigError: widths that do not fit, a tokenizer without chat template, or a tower whose pictures, and
+            so their tokens, are of no one size.
     """
 
     llm: Any
@@ -67,6 +68,7 @@ class VisionLanguageModel(nn.Module):
         self, vision_tower: VisionTower, projector: Projector, llm: nn.Module, tokenizer: Any
     ) -> None:
         super().__init__()
+        vision_tower.image_processor.check_one_size("a vision-language model")
         self.vision_tower, self.projector, self.llm = vision_tower, projector, llm
         self.tokenizer = tokenizer
         width = embedding_width(llm)

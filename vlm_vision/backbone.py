@@ -21,13 +21,14 @@ class BackboneInfo:
     Attributes:
         widths: channels after each layer; its length is the number of layers (or stages).
         grids: rows and columns of patches after each layer, at the size that `preprocess` makes.
-        prefix_tokens: tokens before the patches (class token, registers).
+        prefix_tokens: tokens before the patches: the class token first, then registers.
         default_layer: layer given when the config names none.
         embed_dim: width of the pooled head, or None when there is none.
         preprocess: how pictures are prepared for these weights.
         size_step: sides of pictures that are multiples of it can be taken call by call, with position
             embeddings resampled where there are any; None where only the native size can.
         any_size: whether other sizes are what the weights were trained for (NaFlex), so need no asking.
+        registers: of the prefix tokens, those that are no class token.
         assumptions: what was taken for granted because the library does not say it, a sentence each.
     """
 
@@ -39,11 +40,16 @@ class BackboneInfo:
     preprocess: PreprocessConfig
     size_step: int | None = None
     any_size: bool = False
+    registers: int = 0
     assumptions: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.widths)
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.prefix_tokens > self.registers
 
 
 Shape = tuple[int, int, int]

@@ -107,20 +107,23 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
 
     towers = command(
         "towers",
-        "list backbones, show a tower's facts without its weights, or verify towers against their libraries",
+        "list towers, show one without its weights, verify them against their libraries, write a plug-in",
         "--source open_clip --match '*L-14*'",
+        "--match '*dinov3*' | tail -n +2 | cut -d' ' -f1   # names alone",
         "show open_clip:ViT-L-14-336-quickgelu",
         "verify open_clip:ViT-B-32 timm:convnext_tiny",
-        "verify --source open_clip --match 'ViT-B-*'",
+        "verify --source open_clip --match 'ViT-B-*' --table docs/towers.md",
+        "new my_backbone",
     )
     towers.add_argument(
         "words",
         nargs="*",
-        metavar="show TOWER | verify [TOWER ...]",
-        help="a source:model; show takes a folder or YAML file too",
+        metavar="show TOWER | verify [TOWER ...] | new FOLDER",
+        help="a source:model; show takes a folder or YAML file too; new writes a package of its name",
     )
     towers.add_argument("--source", help="only this source")
     towers.add_argument("--match", default="*", metavar="GLOB", help="only models whose name matches")
+    towers.add_argument("--table", metavar="FILE.md", help="a page to which verify adds what it finds")
 
     features = command(
         "features",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,47 +30,101 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def towers(arguments: argparse.Namespace) -> None:
-    from vlm_vision.tower import list_backbones
     from vlm_vision.tower_config import BACKBONES
 
     action, *names = arguments.words or ["list"]
     if (action, len(names)) == ("show", 1):
         _show_tower(names[0])
         return
+    if (action, len(names)) == ("new", 1):
+        _new_plugin(names[0])
+        return
     if action not in ("list", "verify") or (action == "list" and names):
         raise ConfigError(
-            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), or verifies them "
-            "(towers verify open_clip:ViT-B-32)"
+            "towers lists all, shows one (towers show open_clip:ViT-L-14-336-quickgelu), verifies them "
+            "(towers verify open_clip:ViT-B-32), or writes a plug-in (towers new my_backbone)"
         )
+    if arguments.table is not None and action != "verify":
+        raise ConfigError("--table is for towers verify")
     sources = BACKBONES.names()
     if arguments.source is not None and arguments.source not in sources:
         hint = nearest(arguments.source, sources)
         raise ConfigError(f"unknown source {arguments.source!r}{hint} (known: {', '.join(sources)})")
+    if action == "list":
+        _list_towers(arguments.source, arguments.match)
+        return
+    from vlm_vision.tower import list_backbones
+
     for name in [] if names else list_backbones():
         source, _, model = name.partition(":")
         if arguments.source in (None, source) and fnmatchcase(model, arguments.match):
             names.append(name)
-    if action == "verify":
-        _verify_towers(names)
-    else:
-        print(*names, sep="\n")
+    _verify_towers(arguments, names)
 
 
-def _verify_towers(names: Sequence[str]) -> None:
-    from vlm_vision.verify import TOLERANCE, verify
+def _list_towers(source: str | None, match: str) -> None:
+    from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
 
-    print(f"{'tower':48} {'patches':>9} {'pooled':>9} {'parameters':>12} {'seconds':>8}")
-    failed = 0
-    for found in verify(names):
-        errors = ("-" if error is None else f"{error:.1e}" for error in (found.patches, found.pooled))
-        columns = " ".join(f"{error:>9}" for error in errors)
-        verdict = "" if found.passed else f"  FAILED {found.failure}"
-        failed += not found.passed
-        print(f"{found.name:48} {columns} {found.parameters:>12,} {found.seconds:>8.1f}{verdict}", flush=True)
-    if failed:
+    towers = list_towers(source, match)
+    header = TowerFacts("source:model", *TowerFacts._fields[1:])
+    widths = [max(map(len, column)) for column in zip(header, *towers, strict=True)]
+    for name, *facts, licence in (header, *towers):
+        columns = " ".join(fact.rjust(width) for fact, width in zip(facts, widths[1:], strict=False))
+        print(f"{name.ljust(widths[0])} {columns} {licence}")
+    bare = sum(tower.size == UNKNOWN for tower in towers)
+    if bare:
+        way_out = "vlm-vision towers show SOURCE:MODEL builds one, or says why it cannot"
+        print(f"{bare} without facts: {way_out}", file=sys.stderr)
+
+
+def _verify_towers(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    from vlm_vision.progress import progress_bar
+    from vlm_vision.verify import TOLERANCE, can_verify, check_names, format_error, verify
+    from vlm_vision.verify_page import VerifyPage, describe_run
+
+    named = arguments.words[1:]
+    command = ["vlm-vision", "towers", "verify", *named]
+    if not named:
+        command += ["--source", arguments.source] if arguments.source else []
+        command += ["--match", arguments.match] if arguments.match != "*" else []
+    check_names(named)
+    alone = [name for name in names if not can_verify(name)]
+    names = [name for name in dict.fromkeys(names) if name not in alone]
+    if not names:
         raise ConfigError(
-            f"{failed} of {len(names)} towers could not be compared, or differ by more than {TOLERANCE:.0e} "
-            "of the largest value"
+            f"no tower to verify ({', '.join(alone) or arguments.match}); see: vlm-vision towers"
+        )
+    run = describe_run(shlex.join(command))
+    page = None if arguments.table is None else VerifyPage.read(Path(arguments.table))
+    width = max(map(len, names))
+    done = []
+    with progress_bar(len(names), "verifying") as bar:
+        tell = bar.write if sys.stderr.isatty() else partial(print, flush=True)
+        tell(f"{'tower':{width}} {'patches':>8} {'pooled':>8} {'parameters':>14} {'seconds':>8}  verdict")
+        for found in verify(names):
+            patches, pooled = format_error(found.patches), format_error(found.pooled)
+            parameters = "-" if found.facts is None else f"{found.facts.parameters:,}"
+            tell(
+                f"{found.name:{width}} {patches:>8} {pooled:>8} {parameters:>14} {found.seconds:>8.1f}  "
+                f"{found.verdict}"
+            )
+            bar.update()
+            done.append(found)
+            if page is not None:
+                page.add(found, run)
+                page.write()
+    counts = Counter(found.verdict.partition(" ")[0] for found in done)
+    print(f"{len(done)} verified: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    for found in done:
+        if not found.passed:
+            print(f"{found.name}: {found.verdict}")
+    for name in alone:
+        print(f"{name}: has no other library to compare with")
+    wrong = len(done) - counts["equal"] - counts["SKIPPED"]
+    if wrong or not counts["equal"]:
+        raise ConfigError(
+            f"{wrong or len(done)} of {len(done)} towers could not be compared, or differ by more than "
+            f"{TOLERANCE:.0e} of the largest value"
         )
 
 
@@ -107,6 +165,15 @@ def _other_sizes(source: str, tower: VisionTower) -> str:
     except ConfigError:
         return "none"
     return "at load only"
+
+
+def _new_plugin(folder: str) -> None:
+    from vlm_vision.plugin import write_plugin
+
+    print(*write_plugin(folder), sep="\n")
+    print(f"now: pip install -e {folder}")
+    print(f"     python -m pytest {folder}")
+    print(f"     vlm-vision towers show {Path(folder).name}:small")
 
 
 def features(arguments: argparse.Namespace) -> None:
@@ -279,6 +346,7 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
 
 def zero_shot(arguments: argparse.Namespace) -> None:
     from vlm_vision.dual_encoder import load_dual_encoder
+    from vlm_vision.picture_list import list_files
     from vlm_vision.zero_shot import TEMPLATES, ZeroShotClassifier
 
     labels: list[str] = []
@@ -287,7 +355,7 @@ def zero_shot(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 "zero-shot needs classes: --classes FILE, --classes a,b,c, or --csv FILE with labels"
             )
-        pictures, classes = _pictures(arguments.pictures), _class_names(arguments.classes)
+        pictures, classes = list_files(arguments.pictures), _class_names(arguments.classes)
     else:
         if arguments.pictures:
             raise ConfigError("zero-shot takes its pictures from --csv, so give no others")
@@ -371,26 +439,6 @@ def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
         for name, value in scores.items():
             print(f"  {name:28} {value:.4g}")
     print(f"model: {output / 'model'}")
-
-
-def _pictures(given: Sequence[str]) -> list[Path]:
-    """Files as they are, folders as the pictures in them.
-
-    Raises:
-        DataError: none given, or one that is not there.
-    """
-    from vlm_vision.preprocess import find_pictures
-
-    if not given:
-        raise DataError("no picture was given: name picture files, or folders of them")
-    absent = [name for name in given if not Path(name).exists()]
-    if absent:
-        raise DataError(f"picture {absent[0]!r} does not exist")
-    return [
-        path
-        for name in given
-        for path in (find_pictures(Path(name)) if Path(name).is_dir() else [Path(name)])
-    ]
 
 
 def _class_names(given: str) -> list[str]:

@@ -6,7 +6,7 @@ by its feature, never by a version number. `make test-pinned` runs the core's te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,18 @@ from torch import Tensor
 
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import Attention
+
+# Names in the blocks of DINOv2 and ViT-MAE: those of transformers 4, and those it renames them to today.
+_OLD_AND_NEW_NAMES = (
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attention.o_proj."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+    ("mlp.weights_out.", "mlp.down_proj."),
+)
+_OLD_GATED, _NEW_GATED = "mlp.weights_in.", ("mlp.gate_proj.", "mlp.up_proj.")  # the one holds both
 
 
 def attention_kernel(kernel: Attention) -> AbstractContextManager[object]:
@@ -93,3 +105,26 @@ def before_load_state_dict(module: Any, hook: Callable[[dict[str, Tensor], str],
         register(lambda _module, state, prefix, *_rest: hook(state, prefix))
     else:
         module._register_load_state_dict_pre_hook(lambda state, prefix, *_rest: hook(state, prefix))
+
+
+def under_names(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Tensors that another version of transformers saved, by this one's names; those it does not know stay.
+
+    Matches the renaming of `Dinov2Model` and `ViTMAEForPreTraining` in transformers' conversion_mapping.py.
+
+    Args:
+        wanted: this version's names.
+    """
+    named = dict(state)
+    for name in [name for name in state if name not in wanted]:
+        for old, new in _OLD_AND_NEW_NAMES:
+            for other in (name.replace(old, new), name.replace(new, old)):
+                if other in wanted and other not in named:
+                    named[other] = named.pop(name)
+        gate, up = (name.replace(_OLD_GATED, new) for new in _NEW_GATED)
+        if gate in wanted and gate not in named:
+            named[gate], named[up] = (half.clone() for half in named.pop(name).chunk(2))
+        both, beside = name.replace(_NEW_GATED[0], _OLD_GATED), name.replace(*_NEW_GATED)
+        if both in wanted and both not in named and beside in named:
+            named[both] = torch.cat([named.pop(name), named.pop(beside)])
+    return named

@@ -25,7 +25,7 @@ from vlm_vision.tower import (
     tower_config,
 )
 from vlm_vision.tower_config import TowerConfig
-from vlm_vision.weights import fingerprint, load_strict
+from vlm_vision.weights import fingerprint, load_strict, without_init
 
 
 class DualEncoder(nn.Module):
@@ -89,10 +89,9 @@ class DualEncoder(nn.Module):
         """
         folder = resolve_folder(source)
         config, state = read_folder(folder, DUAL_ENCODER_TYPE)
-        backbone, text = (
-            config.backbone.build(load_weights=False),
-            config.backbone.build_text(load_weights=False),
-        )
+        with without_init():
+            backbone = config.backbone.build(load_weights=False)
+            text = config.backbone.build_text(load_weights=False)
         model = cls(VisionTower(config, backbone), text)
         load_strict(model, state, str(folder))
         return model.eval()

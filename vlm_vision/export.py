@@ -15,11 +15,12 @@ from torch import Tensor
 
 from vlm_vision.architectures import transformers_config
 from vlm_vision.dual_encoder import DualEncoder
-from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.errors import ConfigError
 from vlm_vision.files import whole_folder
 from vlm_vision.layouts import convert
 from vlm_vision.tower import CONFIG_FILE, WEIGHTS_FILE, VisionTower, load_tower, saved_folder
 from vlm_vision.tower_config import PreprocessConfig
+from vlm_vision.weights import check_whole
 
 OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 # Our names of a backbone's parts, and the names that its library's own model gives them.
@@ -236,9 +237,7 @@ def _check_processor(settings: PreprocessConfig) -> None:
 
 
 def _write(folder: Path, configs: Mapping[str, Any], state: Mapping[str, Tensor], weights: str) -> None:
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    if empty:
-        raise WeightsError(f"refusing to write empty tensors ({', '.join(empty[:3])}); gather shards first")
+    check_whole(state, f"{weights} is not written")
     for name, content in configs.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_file(

@@ -28,10 +28,15 @@ class Encoder:
     """What features are taken: a tower's selected tokens [N,D], or its pooled embedding [E].
 
     Raises:
-        ConfigError: the tower has no pooled head.
+        ConfigError: the tower has no pooled head, is not on one device, or keeps the shapes of pictures.
     """
 
     def __init__(self, tower: VisionTower, pooled: bool) -> None:
+        if hasattr(tower, "hf_device_map"):
+            raise ConfigError(
+                "every process has the whole tower on a GPU of its own: load the tower without device_map"
+            )
+        tower.image_processor.check_one_size("features of a data set")
         if pooled and tower.embed_dim is None:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         self.tower, self.pooled = tower, pooled
@@ -177,7 +182,7 @@ class _Decoder(Dataset[Any]):
         except OSError as error:
             return error
         size = (self.processor.config.height, self.processor.config.width)
-        pixels = self.processor.normalise(torch.stack(squares)) if squares else torch.empty(0, 3, *size)
+        pixels = self.processor.normalise(squares) if squares else torch.empty(0, 3, *size)
         return _Batch(work.shard, pixels.to(self.dtype), names, bad, work.is_last)
 
 

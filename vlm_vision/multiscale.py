@@ -39,7 +39,8 @@ class MultiscaleTower(nn.Module):
         """Take a tower of patches, with its class token or without.
 
         Raises:
-            ConfigError: scales that do not rise from 1, a batch below 1, a tower that selects no patches.
+            ConfigError: scales that do not rise from 1, a batch below 1, a tower that selects no patches or
+                keeps the shapes of pictures.
         """
         super().__init__()
         rising = all(isinstance(k, int) for k in scales) and all(low < high for low, high in pairwise(scales))
@@ -54,6 +55,7 @@ class MultiscaleTower(nn.Module):
             raise ConfigError(
                 f"select {tower.config.select!r}: scales are joined patch by patch; use select 'patch'"
             )
+        tower.image_processor.check_one_size("several scales")
         self.tower = tower
         self.scales = tuple(scales)
         self.max_batch = max_batch

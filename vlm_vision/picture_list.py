@@ -56,6 +56,21 @@ def list_pictures(sources: Sequence[str | Path]) -> list[ListedPicture]:
     return [picture for source in expand_sources(sources) for picture in _pictures_of(source)]
 
 
+def list_files(sources: Sequence[str | Path]) -> list[Path]:
+    """The pictures of files and folders, as `list_pictures` finds them, where each has to be a file.
+
+    Raises:
+        DataError: as `list_pictures`; a tar.
+    """
+    pictures = list_pictures(sources)
+    for picture in pictures:
+        if picture.offset is not None:
+            raise DataError(
+                f"{picture.file}: pictures in a tar are not taken here; unpack it, and name the folder"
+            )
+    return [Path(picture.file) for picture in pictures]
+
+
 def expand_sources(sources: Sequence[str | Path]) -> list[str]:
     """Paths that are there; `shard-{0000..0099}.tar` and `{train,val}.tar` stand for several.
 

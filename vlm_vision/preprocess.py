@@ -116,11 +116,29 @@ class ImageProcessor:
             return self._resize_tensors(rearrange(_levels(opened), "h w c -> 1 c h w"))[0]
         return _levels(self._resize(opened))
 
+    def check_one_size(self, what: str) -> None:
+        """Refuse settings that keep the shapes of pictures, for what needs them to be of one size.
+
+        Raises:
+            ConfigError: `resize: flexible`.
+        """
+        if self.config.resize == "flexible":
+            raise ConfigError(
+                f"{what}: pictures must be of one size, and this tower's keep their shapes (NaFlex). Write "
+                "out `backbone.preprocess`: as it is, without max_patches and patch_size, with resize: squash"
+            )
+
     @torch.no_grad()
     def normalise(
         self, squares: Num[Tensor, "b h w 3"] | Sequence[Num[Tensor, "h w 3"]]
     ) -> Float[Tensor, "b 3 h w"]:
-        """Bytes, or floats from 0 to 1, to channels-first floats with the weights' mean and spread."""
+        """Bytes, or floats from 0 to 1, to channels-first floats with the weights' mean and spread.
+
+        Raises:
+            ConfigError: squares of several sizes.
+        """
+        if not isinstance(squares, Tensor) and len({square.shape for square in squares}) > 1:
+            self.check_one_size("a batch")
         height, width, _ = squares[0].shape
         pixels = torch.empty(len(squares), 3, height, width, dtype=torch.float32, device=squares[0].device)
         pairs = list(zip(squares, pixels, strict=True))  # one after another, each stays in the CPU's cache

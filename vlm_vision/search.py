@@ -92,7 +92,7 @@ class VisualIndex:
                         f"{max_bad_share}; the last: {bad[-1]}"
                     )
                 if squares:
-                    pixels = model.image_processor.normalise(torch.stack(squares))
+                    pixels = model.image_processor.normalise(squares)
                     embeddings.append(model.encode_image(pixels).float().cpu())
                 bar.update(min(batch_size, len(paths) - start))
         return cls(model, kept, torch.cat(embeddings), bad)

@@ -113,7 +113,7 @@ def _every_selection_has_its_shape(tower: VisionTower) -> None:
     pixels = _pixels(tower)
     found: dict[Select, Tensor] = {}
     tokens: dict[Select, int] = {"patch": tower.num_patches}
-    if tower.backbone.info.prefix_tokens:
+    if tower.backbone.info.has_class_token:
         tokens |= {"cls_patch": tower.num_patches + 1, "cls": 1}
     if tower.config.keeps_head:
         tokens["pooled"] = 1

@@ -42,17 +42,18 @@ def tile_picture(
 
     Raises:
         DataError: a picture that is not RGB, or too thin for every size that the config offers.
-        ConfigError: sizes that tiles do not fill.
+        ConfigError: sizes that tiles do not fill, or a tower that keeps the shapes of pictures.
     """
     if image.mode != "RGB":
         raise DataError(
             f"picture of mode {image.mode!r}: open it with vlm_vision.open_image, which gives RGB"
         )
+    processor.check_one_size("tiles")
     if config.mode == "anyres":
         tiles = [_thumbnail(image, processor), *_parts(image, processor, config)]
     else:
         tiles = [_expand_to_square(image, processor) if config.mode == "pad" else image]
-    return processor.normalise(torch.stack([processor.to_square(tile) for tile in tiles]))
+    return processor.normalise([processor.to_square(tile) for tile in tiles])
 
 
 def tile_grid(

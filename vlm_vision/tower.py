@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from vlm_vision.backbone import Backbone
 from vlm_vision.compat import attention_kernel
 from vlm_vision.config import load_config, validate
-from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.device_map import DeviceMap, MaxMemory, place
+from vlm_vision.errors import ConfigError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
-from vlm_vision.tower_config import BACKBONES, TowerConfig
-from vlm_vision.weights import load_strict, read_state_dict
+from vlm_vision.tower_config import BACKBONES, TowerConfig, list_source
+from vlm_vision.weights import check_whole, load_strict, read_state_dict, without_init
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MODEL_TYPE = "vlm_vision_tower"
@@ -40,7 +41,11 @@ class VisionTower(nn.Module):
         num_patches: N of `select: patch`; without class token.
         grid: rows and columns of patches.
         patch_size: pixels between patches.
+        hf_device_map: where layers are that a `device_map` put on another device than the tower's; absent
+            where none are.
     """
+
+    hf_device_map: dict[str, str]
 
     def __init__(self, config: TowerConfig, backbone: Backbone) -> None:
         """Take a backbone as the config wants it.
@@ -59,7 +64,7 @@ class VisionTower(nn.Module):
             raise ConfigError(
                 f"layer {config.layer}: its grids differ, {sorted(grids)}, so they cannot be joined"
             )
-        if config.select in ("cls", "cls_patch") and info.prefix_tokens == 0:
+        if config.select in ("cls", "cls_patch") and not info.has_class_token:
             raise ConfigError(
                 f"select {config.select!r}: this backbone has no class token; use select 'patch'"
             )
@@ -115,6 +120,9 @@ class VisionTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where pixels go, and features come from."""
+        if hasattr(self, "hf_device_map"):
+            return torch.device(self.hf_device_map[""])
         return next(self.parameters()).device
 
     @property
@@ -176,25 +184,33 @@ class VisionTower(nn.Module):
     ) -> Float[Tensor, "b e"]:
         """Image embedding of the whole backbone with its head, not normalised.
 
+        A list may mix sizes, if the tower takes them; pictures then run one by one.
+
         Raises:
             ConfigError: the tower was built without `pooled_head`.
         """
         if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
-        batch = pixels if isinstance(pixels, Tensor) else torch.stack(list(pixels))
+        if not isinstance(pixels, Tensor):
+            if len({picture.shape for picture in pixels}) > 1:
+                return torch.cat([self.pooled(picture[None], interpolate=interpolate) for picture in pixels])
+            pixels = torch.stack(list(pixels))
         with attention_kernel(self.config.attention):
-            return self.backbone.pooled(self.check_pixels(batch, interpolate))
+            return self.backbone.pooled(self.check_pixels(pixels, interpolate)).to(self.device)
 
     def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         if self.config.select == "pooled":
-            return self.backbone.pooled(batch)[:, None]
+            return self.backbone.pooled(batch)[:, None].to(self.device)
         ascending = sorted(self.layers)
         outputs = self.backbone.forward_layers(batch, ascending)
         return self._selected(dict(zip(ascending, outputs, strict=True)))
 
     def _selected(self, by_layer: Mapping[int, Float[Tensor, "... tokens d"]]) -> Float[Tensor, "... n d"]:
         prefix_tokens = self.backbone.info.prefix_tokens
-        chosen = [select_tokens(by_layer[layer], self.config.select, prefix_tokens) for layer in self.layers]
+        chosen = [
+            select_tokens(by_layer[layer], self.config.select, prefix_tokens).to(self.device)
+            for layer in self.layers
+        ]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     def check_pixels(self, batch: Tensor, interpolate: bool) -> Float[Tensor, "b 3 h w"]:
@@ -214,6 +230,11 @@ class VisionTower(nn.Module):
                 raise ConfigError(
                     f"pixels of shape {list(batch.shape)}: both sides must be multiples of {step} pixels"
                 )
+        if self.device.type == "meta" != batch.device.type:
+            raise ConfigError(
+                "this tower has no weights: load_tower gives one that has; a device_map of a model around it "
+                "must not have the tower wait on the CPU, beside a GPU, or on the disk"
+            )
         return batch.to(device=self.device, dtype=self.dtype)
 
     @staticmethod
@@ -265,12 +286,21 @@ class VisionTower(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **overrides: Any) -> VisionTower:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device_map: DeviceMap | None = None,
+        max_memory: MaxMemory | None = None,
+        offload_folder: str | Path | None = None,
+        **overrides: Any,
+    ) -> VisionTower:
         """Load a tower, in evaluation mode, from a folder or hub id.
 
         Its `save_pretrained` may have been a tower's or a dual encoder's.
 
         Args:
+            device_map, max_memory, offload_folder: as of `load_tower`.
             overrides: fields of `TowerConfig` to change, such as `layer=-3`.
 
         Raises:
@@ -285,39 +315,59 @@ class VisionTower(nn.Module):
                 for name, value in state.items()
                 if name.startswith("tower.")
             }
-        backbone = stored.backbone.build(load_weights=False)
-        whole = cls(stored, backbone)
-        load_strict(whole, state, str(folder))
-        if not overrides:
-            return whole.eval()
-        wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
-        if wanted.keeps_head and not stored.keeps_head:
-            raise ConfigError(f"{folder}: was saved without its pooled head; take it from the dual encoder")
-        asked = resolve_layers(wanted.layer, backbone.info.num_layers, backbone.info.default_layer)
-        if not stored.keeps_head and max(asked) > max(whole.layers):
-            raise ConfigError(
-                f"{folder}: was saved up to layer {max(whole.layers)}, layer {wanted.layer} is not in it"
-            )
-        return cls(wanted, backbone).eval()
+        with without_init():
+            backbone = stored.backbone.build(load_weights=False)
+        tower = cls(stored, backbone)
+        load_strict(tower, state, str(folder))
+        if overrides:
+            wanted = validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
+            if wanted.keeps_head and not stored.keeps_head:
+                raise ConfigError(
+                    f"{folder}: was saved without its pooled head; take it from the dual encoder"
+                )
+            asked = resolve_layers(wanted.layer, backbone.info.num_layers, backbone.info.default_layer)
+            if not stored.keeps_head and max(asked) > max(tower.layers):
+                raise ConfigError(
+                    f"{folder}: was saved up to layer {max(tower.layers)}, layer {wanted.layer} is not in it"
+                )
+            tower = cls(wanted, backbone)
+        place(tower.eval(), device_map, max_memory=max_memory, offload_folder=offload_folder)
+        return tower
 
 
-def load_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> VisionTower:
+def load_tower(
+    source: str | Path | Mapping[str, Any],
+    *,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
+    **overrides: Any,
+) -> VisionTower:
     """Load a vision tower, in evaluation mode.
 
     Args:
         source: `source:model[@weights]` (`open_clip:ViT-L-14-336-quickgelu@openai`), a YAML or mapping of
             `TowerConfig`'s fields, or a folder written by `save_pretrained`.
+        device_map: where the weights go: a device, `{"": device}`, "auto", or devices of modules; the CPU by
+            default. This and the two that belong to it are as of `vlm_vision.device_map.place`.
         overrides: fields of `TowerConfig`, such as `layer=-2` or `dtype="bfloat16"`.
 
     Raises:
-        ConfigError: the source or a field is not known.
+        ConfigError: the source or a field is not known, or a `device_map` that cannot be done.
         WeightsError: the weights are missing or do not fit.
     """
+    places: dict[str, Any] = {
+        "device_map": device_map,
+        "max_memory": max_memory,
+        "offload_folder": offload_folder,
+    }
     folder = saved_folder(source)
     if folder is not None:
-        return VisionTower.from_pretrained(folder, **overrides)
+        return VisionTower.from_pretrained(folder, **places, **overrides)
     config = tower_config(source, **overrides)
-    return VisionTower(config, config.backbone.build()).eval()
+    tower = VisionTower(config, config.backbone.build()).eval()
+    place(tower, **places)
+    return tower
 
 
 def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> TowerConfig:
@@ -364,11 +414,7 @@ def list_backbones() -> list[str]:
 
     A source that does not list its models stands alone by its name.
     """
-    listed = []
-    for name in BACKBONES.names():
-        models: list[str] = getattr(BACKBONES.config_class(name), "models", list)()
-        listed += [f"{name}:{model}" for model in models] or [name]
-    return listed
+    return [tower for source in BACKBONES.names() for tower in list_source(source)]
 
 
 def saved_folder(source: object) -> Path | None:
@@ -384,13 +430,9 @@ def save_folder(
     """Write a model folder, complete or absent.
 
     Raises:
-        WeightsError: a tensor is empty.
+        WeightsError: as `check_whole`.
     """
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    if empty:
-        raise WeightsError(
-            f"{folder}: refusing to save empty tensors ({', '.join(empty[:3])}); gather ZeRO-3 shards first"
-        )
+    check_whole(state, f"{folder} is not written")
     with whole_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}

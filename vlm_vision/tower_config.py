@@ -69,6 +69,16 @@ class BackboneConfig(Config, ABC):
         )
 
 
+def list_source(source: str) -> list[str]:
+    """Towers of a source as `source:model`; where it does not list its models, its name alone.
+
+    Raises:
+        ConfigError: no such source.
+    """
+    models: list[str] = getattr(BACKBONES.config_class(source), "models", list)()
+    return [f"{source}:{model}" for model in models] or [source]
+
+
 class TowerConfig(Config):
     """A vision tower.
 
@@ -156,6 +166,12 @@ class PreprocessConfig(Config):
         if self.resize_in == "floats" and self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError("resize_in 'floats' is torch's resizing, which knows bicubic and bilinear alone")
         return self
+
+    def squashed(self) -> PreprocessConfig:
+        """The same settings, but for pictures that keep their shapes: those are squashed to `image_size`."""
+        if self.resize != "flexible":
+            return self
+        return self.model_copy(update={"resize": "squash", "max_patches": None, "patch_size": None})
 
     def at_size(self, image_size: int | tuple[int, int]) -> PreprocessConfig:
         """The same settings for another size; a margin that is cropped away, and patches, scale with it."""

@@ -72,7 +72,7 @@ TRANSFORMERS = {
         "weights": "none",
     }
 }
-TIMM = {"backbone": "timm:test_vit4@none"}  # one class token and one register
+TIMM = {"backbone": "timm:test_vit4@none"}  # one register and no class token
 PATCHES_ONLY = {"backbone": "timm:test_vit_relpos@none"}  # no class token, and buffers that are not saved
 FUSED = {"backbone": {"name": "fused", "parts": [TOWER["backbone"], TRANSFORMERS["backbone"]]}}
 KINDS = {
@@ -379,6 +379,28 @@ def test_auto_model_gives_every_tensor_back(kind: str, tmp_path: Path) -> None:
     assert torch.equal(spread.tower(pixels), tower(pixels))
 
 
+@torch.no_grad()
+def test_a_device_map_places_layers(tmp_path: Path) -> None:
+    """As for a tower alone; transformers, whose map is for the model around it, keeps the tower whole."""
+    tower, block = make(TOWER), "tower.backbone.visual.transformer.resblocks.0"
+    batch, disk = batch_of(tower), tmp_path / "disk"
+    VlmVisionModel.from_tower(tower).save_pretrained(tmp_path / "alone")
+    device_map = {"tower": "cpu", block: "disk"}
+    model = AutoModel.from_pretrained(tmp_path / "alone", device_map=device_map, offload_folder=disk)
+    assert model.get_submodule(block).ln_1.weight.is_meta
+    assert worst(model(batch["pixel_values"]).last_hidden_state[:, 1:], tower(batch["pixel_values"])) <= 1e-5
+    llava = make_llava(tower)
+    llava.save_pretrained(tmp_path / "llava")
+    rest = {"model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    device_map = {"model.vision_tower": "cpu", "model.language_model": "disk", **rest}
+    options = {"device_map": device_map, "offload_folder": disk}
+    spread = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", **options)
+    assert worst(spread(**batch).logits, llava(**batch).logits) <= 1e-5
+    device_map["model.vision_tower"] = "disk"
+    with pytest.raises(ConfigError, match="vision tower on the disk"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", **options)
+
+
 def test_the_towers_with_unsaved_buffers_are_among_them() -> None:
     for kind in ("transformers CLIP", "timm ViT of patches"):
         tower = make(KINDS[kind])
@@ -615,3 +637,17 @@ def test_an_older_transformers_is_refused_by_name() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingExtraError: vlm_vision.integrations.transformers needs transformers >= 5" in result.stderr
+
+
+def test_pictures_that_keep_their_shapes_are_not_for_a_llava() -> None:
+    settings = {"model_type": "siglip2_vision_model", "num_patches": 16, "patch_size": 8, "hidden_size": 32}
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    backbone = {"name": "transformers", "architecture": {**settings, **sizes}, "weights": "none"}
+    tower = load_tower({"backbone": backbone})
+    with pytest.raises(ConfigError, match=r"a LLaVA of transformers: pictures must be of one size"):
+        llava_fields(tower)
+    processor = VlmVisionImageProcessor.from_tower(tower)
+    pictures = [Image.new("RGB", (64, 64)), Image.new("RGB", (128, 64))]
+    assert [len(tower(pixels[None])[0]) for pixels in processor(pictures)["pixel_values"]] == [16, 15]
+    with pytest.raises(ConfigError, match="return_tensors: pictures must be of one size"):
+        processor(pictures, return_tensors="pt")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 from einops import rearrange
@@ -20,6 +21,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 
 from vlm_vision import ImageProcessor
+from vlm_vision.backbones.timm import _preprocess
 from vlm_vision.preprocess import open_image, resized_size
 from vlm_vision.tower_config import PreprocessConfig
 
@@ -103,6 +105,20 @@ def test_equal_to_open_clip_for_every_published_setting(record: dict[str, Any]) 
         fill=theirs.fill_color,
     )
     transform, processor = image_transform_v2(theirs, is_train=False), ImageProcessor(ours)
+    for picture in PICTURES:
+        assert torch.equal(processor(picture)[0], transform(picture)), picture.size
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.875])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [160, (192, 128), (96, 176)], ids=str)
+def test_equal_to_timm_to_the_bit(size: Any, crop_mode: str, crop_pct: float) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    own = {"input_size": (3, height, width), "crop_mode": crop_mode, "crop_pct": crop_pct}
+    model = timm.create_model("test_vit", img_size=(height, width), pretrained_cfg_overlay=own)
+    processor = ImageProcessor(_preprocess(model))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert processor.config.image_size == size
     for picture in PICTURES:
         assert torch.equal(processor(picture)[0], transform(picture)), picture.size
 

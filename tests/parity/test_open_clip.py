@@ -10,10 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from einops import rearrange
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -285,6 +288,30 @@ def test_weights_load_from_every_format(
 def test_a_folder_tells_its_preprocessing(tiny: open_clip.CLIP, tmp_path: Path) -> None:
     settings = load_tower({"backbone": node(folder(tiny, tmp_path / "hub"))}).image_processor.config
     assert (settings.resize, settings.interpolation, settings.mean) == ("squash", "bilinear", (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (32, {"resize_mode": "longest", "fill_color": 127}),
+        ((24, 40), {"resize_mode": "shortest", "interpolation": "bilinear"}),
+    ],
+)
+def test_pictures_become_what_open_clip_makes_of_them(
+    size: Any, settings: dict[str, Any], tiny: open_clip.CLIP, tmp_path: Path
+) -> None:
+    """Its `shortest` is bicubic where sides differ, whatever the settings say."""
+    vision = {**TINY["vision_cfg"], "image_size": size}
+    path = folder(open_clip.model.CLIP(**{**TINY, "vision_cfg": vision}), tmp_path / "hub", vision_cfg=vision)
+    content = json.loads((path / "open_clip_config.json").read_text(encoding="utf-8"))
+    content["preprocess_cfg"] |= {"size": size, **settings}
+    (path / "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+    architecture = {"name": "open_clip", "architecture": content["model_cfg"], "weights": str(path)}
+    ours = load_tower({"backbone": architecture}).image_processor
+    theirs = image_transform_v2(PreprocessCfg(**content["preprocess_cfg"]), is_train=False)
+    noise = np.random.default_rng(0).integers(0, 256, (61, 47, 3), dtype=np.uint8)
+    for picture in (Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2))):
+        assert torch.equal(ours(picture)[0], theirs(picture))
 
 
 def test_a_saved_model_loads_without_the_weights_it_came_from(tiny: open_clip.CLIP, tmp_path: Path) -> None:

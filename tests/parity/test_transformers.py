@@ -30,9 +30,11 @@ from torch.nn.functional import pad
 from vlm_vision import VisionTower, load_tower
 from vlm_vision.backbones import transformers_vit
 from vlm_vision.backbones.config import PUBLISHED
+from vlm_vision.compat import under_names
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.testing import check_tower
 from vlm_vision.tower import describe_tower
+from vlm_vision.verify import run_transformers, verify
 
 TEXT = {**VISION, "vocab_size": 100, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
 DINO = {**VISION, "image_size": 70, "patch_size": 14}
@@ -108,24 +110,7 @@ def native(tower: VisionTower) -> tuple[int, int]:
     return settings.height, settings.width
 
 
-@torch.no_grad()
-def library(model: Any, pixels: Tensor) -> Any:
-    """The model's own output with hidden states, position embeddings interpolated where they must be."""
-    options: dict[str, Any] = {"output_hidden_states": True}
-    parameters = inspect.signature(model.forward).parameters
-    if "spatial_shapes" in parameters:
-        patch = model.config.patch_size
-        rows = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-        shapes = torch.tensor([[pixels.shape[2] // patch, pixels.shape[3] // patch]] * len(pixels))
-        mask = torch.ones(rows.shape[:2], dtype=torch.long)
-        return model(rows, pixel_attention_mask=mask, spatial_shapes=shapes, **options)
-    if "noise" in parameters:  # the shuffle that leaves patches where they are
-        model.config.mask_ratio = 0.0
-        count = (pixels.shape[2] // 8) * (pixels.shape[3] // 8)
-        options["noise"] = torch.arange(count).expand(len(pixels), -1)
-    if "interpolate_pos_encoding" in parameters:
-        options["interpolate_pos_encoding"] = True
-    return model(pixels, **options)
+library = torch.no_grad()(run_transformers)
 
 
 def patches_of(state: Tensor, prefix_tokens: int) -> Tensor:
@@ -177,6 +162,15 @@ def test_the_pooled_head_equals_the_librarys(kind: str, tmp_path: Path) -> None:
     assert worst(tower.pooled(pixels), expected) <= 1e-5  # measured 3e-7
     selected = load_tower(f"transformers:{folder}", select="pooled")
     assert worst(selected(pixels), expected[:, None]) <= 1e-5  # measured 3e-7
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_verification_finds_every_family_equal(kind: str, tmp_path: Path) -> None:
+    _, folder = saved(kind, tmp_path)
+    (found,) = verify([f"transformers:{folder}"])
+    assert found.verdict == "equal"
+    assert found.patches is not None
+    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 2e-7
 
 
 @pytest.mark.parametrize("kind", HERE)
@@ -353,6 +347,36 @@ def test_naflex_takes_pictures_as_they_are_shaped() -> None:
     assert larger.num_patches == larger.image_processor.config.max_patches == 1024
 
 
+# Names that versions of the library give -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("DINOv2", "DINOv2 SwiGLU", "DINOv2 with registers", "ViT-MAE") if kind in HERE]
+)
+@torch.no_grad()
+def test_a_saved_tower_loads_whichever_version_named_its_tensors(kind: str, tmp_path: Path) -> None:
+    """Today's library still writes the names of version 4 into its own files."""
+    _, folder = saved(kind, tmp_path)
+    tower = load_tower(f"transformers:{folder}", layer=-1)
+    tower.save_pretrained(tmp_path / "tower")
+    ours = load_file(tmp_path / "tower" / "model.safetensors")
+    blocks = {
+        re.sub(r"^(vit\.)?encoder\.layer\.", "backbone.blocks.", name): value
+        for name, value in load_file(folder / "model.safetensors").items()
+        if "encoder.layer." in name
+    }
+    older = {name: value for name, value in ours.items() if ".blocks." not in name} | blocks
+    assert any("attention.attention.query" in name for name in older)
+    save_file(older, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    again = VisionTower.from_pretrained(tmp_path / "tower")
+    pixels = torch.randn(1, 3, *native(tower))
+    assert torch.equal(again(pixels), tower(pixels))
+    again.save_pretrained(tmp_path / "again")
+    back = under_names(ours, older)
+    assert back.keys() == older.keys()
+    assert all(torch.equal(value, older[name]) for name, value in back.items())
+
+
 # Training and tracing ------------------------------------------------------------------------------------
 
 TRACED = [
@@ -508,6 +532,15 @@ def test_any_model_with_hidden_states_gives_them_and_says_what_was_assumed(name:
     tower.train_only("everything")
     torch.autograd.backward(tower(pixels).square().sum())
     assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if hasattr(transformers, name)])
+def test_verification_finds_any_model_equal(name: str, tmp_path: Path) -> None:
+    folder = write(build(name, **OTHERS[name][0]), tmp_path / "model")
+    (found,) = verify([f"transformers:{folder}"])
+    assert found.verdict == "equal"
+    assert found.patches is not None
+    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 0
 
 
 @torch.no_grad()

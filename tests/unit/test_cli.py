@@ -148,8 +148,8 @@ def test_wrong_arguments_say_what_is_right(
 
 
 def test_towers_lists_and_filters(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = run(capsys, "towers", "--source", "open_clip", "--match", "ViT-L-14-336*").split()
-    assert printed == ["open_clip:ViT-L-14-336", "open_clip:ViT-L-14-336-quickgelu"]
+    _, *rows = run(capsys, "towers", "--source", "open_clip", "--match", "ViT-L-14-336*").splitlines()
+    assert [row.split()[0] for row in rows] == ["open_clip:ViT-L-14-336", "open_clip:ViT-L-14-336-quickgelu"]
     assert "transformers:openai/clip-vit-base-patch16" in run(capsys, "towers", "--source", "transformers")
 
 
@@ -166,9 +166,10 @@ def test_towers_show_tells_facts_without_weights(models: Path, capsys: pytest.Ca
 def test_towers_verify_compares_with_their_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["open_clip:ViT-S-32-alt", "timm:test_vit"]
     lines = run(capsys, "towers", "verify", *names).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == names
-    assert all(float(error) <= 1e-5 for line in lines[1:] for error in line.split()[1:3])  # measured 5e-7
-    assert "1 of 1 towers could not be compared" in refused(capsys, "towers", "verify", "fused:x")
+    assert [line.split()[0] for line in lines[1:3]] == names
+    assert all(float(error) <= 1e-5 for line in lines[1:3] for error in line.split()[1:3])  # measured 5e-7
+    assert lines[3:] == ["2 verified: 2 equal"]
+    assert "has no other library to compare with" in refused(capsys, "towers", "verify", names[0], "fused:x")
 
 
 def test_features_are_the_towers(
@@ -302,6 +303,10 @@ def test_zero_shot_refuses_what_makes_no_sense(
 ) -> None:
     clip = models / "clip"
     assert "zero-shot needs classes" in refused(capsys, "zero-shot", clip, pictures)
+    assert "no picture was given" in refused(capsys, "zero-shot", clip, "--classes", "cat")
+    assert "'absent.png' does not exist" in refused(
+        capsys, "zero-shot", clip, "absent.png", "--classes", "cat"
+    )
     assert "row 2: label is empty" in refused(
         capsys, "zero-shot", clip, "--csv", labelled(pictures, "cat", " ")
     )

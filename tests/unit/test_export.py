@@ -229,7 +229,7 @@ def test_what_is_no_clip_vit_is_refused_with_the_reason(tmp_path: Path) -> None:
 def test_empty_shards_are_not_written(tmp_path: Path) -> None:
     tower = tiny_tower()
     tower.backbone.visual.conv1.weight = torch.nn.Parameter(torch.empty(0))  # type: ignore[union-attr]
-    with pytest.raises(WeightsError, match=r"refusing to write empty tensors .*patch_embedding.weight"):
+    with pytest.raises(WeightsError, match=r"values of 1 tensor.* not here .*patch_embedding.weight"):
         export_clip(tower, tmp_path / "clip")
     assert not (tmp_path / "clip").exists()
 

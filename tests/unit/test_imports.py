@@ -27,6 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.architectures",
         "vlm_vision.backbone",
         "vlm_vision.compat",
+        "vlm_vision.device_map",
         "vlm_vision.features",
         "vlm_vision.files",
         "vlm_vision.layouts",
@@ -42,6 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("vlm_vision.backbones",),
     (
+        "vlm_vision.catalogue",
         "vlm_vision.dual_encoder",
         "vlm_vision.export",
         "vlm_vision.integrations",
@@ -50,17 +52,19 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.feature_stream",
         "vlm_vision.metrics",
         "vlm_vision.multiscale",
+        "vlm_vision.plugin",
         "vlm_vision.search",
         "vlm_vision.testing",
         "vlm_vision.zero_shot",
     ),
-    ("vlm_vision",),
+    ("vlm_vision", "vlm_vision.scaffold"),
     ("vlm_vision.adapters",),
     ("vlm_vision.train",),
     ("vlm_vision.cli", "vlm_vision.commands"),
 )
 # A backbone config builds its backbone, a lazy name loads its module: by name, when asked, not on import.
 HEAVY = {
+    "accelerate",
     "transformers",
     "open_clip",
     "timm",

@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from vlm_vision.errors import DataError
-from vlm_vision.picture_list import ListedPicture, check_names, hash_of, list_pictures, open_pictures
+from vlm_vision.picture_list import (
+    ListedPicture,
+    check_names,
+    hash_of,
+    list_files,
+    list_pictures,
+    open_pictures,
+)
 from vlm_vision.preprocess import open_image
 
 
@@ -54,6 +61,14 @@ def test_pictures_of_a_folder_are_named_by_their_path_in_it(tmp_path: Path) -> N
     (tmp_path / "data" / "notes.txt").write_text("none")
     assert names(tmp_path / "data") == ["a.png", "b/x.png", "c.png"]
     assert names(tmp_path / "data" / "c.png") == [str(tmp_path / "data" / "c.png")]
+
+
+def test_where_files_are_needed_a_tar_is_refused(tmp_path: Path, shard: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    assert list_files([tmp_path / "{2,1}.png"]) == [tmp_path / "2.png", tmp_path / "1.png"]
+    with pytest.raises(DataError, match=r"shard.tar: pictures in a tar are not taken here"):
+        list_files([tmp_path, shard])
 
 
 def test_pictures_of_a_tar_are_those_packed(shard: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlm_vision import VisionTower, load_tower
 from vlm_vision.errors import ConfigError
 from vlm_vision.features import resolve_layers
+from vlm_vision.tower import describe_tower
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "native ViT": TOWER,
@@ -71,6 +72,31 @@ def test_the_pooled_head_as_one_token() -> None:
     assert (tower.hidden_size, tower.num_tokens) == (32, 1)
     assert torch.equal(tower(pixels), tower.pooled(pixels)[:, None])
     assert torch.equal(tower(pixels), tiny_tower(pooled_head=True).pooled(pixels)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix_tokens", "registers"),
+    [
+        ("test_vit", 1, 0),
+        ("test_vit4", 1, 1),
+        ("test_vit_relpos", 0, 0),
+        ("test_convnext", 0, 0),
+        ("vit_small_patch14_reg4_dinov2", 5, 4),
+        ("deit_tiny_distilled_patch16_224", 2, 1),
+        ("vit_small_patch16_dinov3", 5, 4),
+        ("vit_mediumd_patch16_rope_reg1_gap_256", 1, 1),
+    ],
+)
+def test_a_register_is_told_from_a_class_token(model: str, prefix_tokens: int, registers: int) -> None:
+    tower = describe_tower(f"timm:{model}@none")
+    info = tower.backbone.info
+    assert (info.prefix_tokens, info.registers) == (prefix_tokens, registers)
+    if info.has_class_token:
+        assert describe_tower(f"timm:{model}@none", select="cls").num_tokens == 1
+        return
+    for select in ("cls", "cls_patch"):
+        with pytest.raises(ConfigError, match="no class token; use select 'patch'"):
+            describe_tower(f"timm:{model}@none", select=select)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

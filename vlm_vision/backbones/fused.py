@@ -61,7 +61,8 @@ class FusedBackbone(Backbone):
             default_layer=-1,
             embed_dim=None,
             preprocess=max(
-                (info.preprocess for info in infos), key=lambda settings: settings.height * settings.width
+                (info.preprocess.squashed() for info in infos),
+                key=lambda settings: settings.height * settings.width,
             ),
         )
 
@@ -71,7 +72,7 @@ class FusedBackbone(Backbone):
         features = []
         for part, layer, grid in zip(self._backbones(), self._layers, self._grids, strict=True):
             seen = _as_seen_by(pixels, self.info.preprocess, part.info.preprocess)
-            tokens = part.forward_layers(seen, [layer])[0][:, part.info.prefix_tokens :]
+            tokens = part.forward_layers(seen, [layer])[0][:, part.info.prefix_tokens :].to(pixels.device)
             features.append(
                 tokens if self._config.join == "tokens" else on_grid(tokens, grid, self.info.grids[0])
             )

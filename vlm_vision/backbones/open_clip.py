@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
 from vlm_vision.backbones.config import OpenClipConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, resample_positions, run_blocks
+from vlm_vision.backbones.encoder import QUICK_GELU, Activation, PlainBlock, resample_positions, run_blocks
 from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.layouts import read_converted
@@ -338,7 +338,7 @@ def _plain_block(block: Any) -> PlainBlock | None:
         out=block.attn.out_proj,
         norm_2=block.ln_2,
         up=block.mlp.c_fc,
-        activation=quick_gelu_ if isinstance(gelu, QuickGELU) else gelu,
+        activation=QUICK_GELU if isinstance(gelu, QuickGELU) else Activation(gelu),
         down=block.mlp.c_proj,
         heads=block.attn.num_heads,
     )
@@ -424,12 +424,17 @@ def _preprocess(config: OpenClipConfig, side: int | tuple[int, int]) -> Preproce
     beside = Path(str(config.weights)) / PREPROCESSOR_FILE
     if not record and beside.is_file():  # a folder of transformers
         return read_preprocess(beside).at_size(side)
+    resize = record.get("resize_mode") or defaults.resize
+    interpolation = record.get("interpolation") or defaults.interpolation
+    if resize == "shortest" and not isinstance(side, int):
+        interpolation = "bicubic"  # open_clip's transform leaves out the setting there
     return defaults.model_copy(
         update={
             "mean": tuple(record.get("mean") or defaults.mean),
             "std": tuple(record.get("std") or defaults.std),
-            "interpolation": record.get("interpolation") or defaults.interpolation,
-            "resize": record.get("resize_mode") or defaults.resize,
+            "interpolation": interpolation,
+            "resize": resize,
+            "fill": record.get("fill_color") or defaults.fill,
         }
     )
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,9 +100,10 @@ class TrunkBackbone(Backbone):
         self._first_size = size = (preprocess.height, preprocess.width)
         takes_prefix = "return_prefix_tokens" in inspect.signature(trunk.forward_intermediates).parameters
         prefix_tokens = int(getattr(trunk, "num_prefix_tokens", 0)) if takes_prefix else 0
+        has_class_token = getattr(trunk, "has_class_token", getattr(trunk, "cls_token", None) is not None)
         _take_any_size(trunk)
         # A model without memory is measured itself; as a tower's part it is in evaluation mode too.
-        is_meta = any(parameter.is_meta for parameter in model.parameters())
+        is_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         twin_model, twin_trunk = (model.eval(), trunk) if is_meta else self._build_twin()
         try:
             shapes = _shapes(twin_trunk, size)
@@ -122,6 +123,7 @@ class TrunkBackbone(Backbone):
             embed_dim=int(embed_dim),
             preprocess=preprocess,
             size_step=size_step,
+            registers=max(0, prefix_tokens - has_class_token),
         )
 
     @property
@@ -190,15 +192,19 @@ class TrunkBackbone(Backbone):
 
     def layer_modules(self) -> Sequence[nn.Module]:
         """A module per layer: timm's own, or a list of all that a layer is made of."""
-        _, twin = self._build_twin()
         held = dict(self.trunk.named_modules())
         layers = [
             [held[path] for path in paths if not isinstance(held.get(path, nn.Identity()), nn.Identity)]
-            for paths in _paths_of_layers(twin, self._first_size)
+            for paths in self._layer_paths
         ]
         while layers and not layers[-1]:  # freed
             layers.pop()
         return [parts[0] if len(parts) == 1 else nn.ModuleList(parts) for parts in layers]
+
+    @cached_property
+    def _layer_paths(self) -> list[list[str]]:
+        _, twin = self._build_twin()
+        return _paths_of_layers(twin, self._first_size)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         try:
@@ -392,13 +398,17 @@ def _first_use(outputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
 
 
 def _preprocess(model: Any) -> PreprocessConfig:
+    """timm's own transform for evaluation: `transforms_imagenet_eval` of timm/data/transforms_factory.py."""
     data = resolve_model_data_config(model)
     height, width = data["input_size"][-2:]
+    rows, columns = (int(side / data["crop_pct"]) for side in (height, width))
+    pads = data["crop_mode"] == "border"
     return PreprocessConfig(
         image_size=height if height == width else (height, width),
-        resize="squash" if data["crop_mode"] == "squash" else "shortest",
-        resize_to=int(height / data["crop_pct"]),
+        resize="longest" if pads else "squash" if data["crop_mode"] == "squash" else "shortest",
+        resize_to=rows if rows == columns else (rows, columns),
         interpolation=data["interpolation"],
+        fill=tuple(round(255 * level) for level in data["mean"]) if pads else 0,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )

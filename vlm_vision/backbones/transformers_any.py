@@ -61,6 +61,7 @@ class GenericBackbone(Backbone):
         count = _count_layers(states, model_config) if self.blocks is None else len(self.blocks)
         states = states[len(states) - count :]
         shapes, prefix_tokens, about_tokens = _read_shapes(states, size, model_config)
+        registers = int(getattr(model_config, "num_register_tokens", 0))
         self.info = BackboneInfo(
             widths=tuple(width for width, _, _ in shapes),
             grids=tuple((rows, columns) for _, rows, columns in shapes),
@@ -69,6 +70,7 @@ class GenericBackbone(Backbone):
             embed_dim=None if pooled is None else int(pooled.flatten(1).shape[1]),
             preprocess=preprocess,
             size_step=find_size_step(size, shapes, partial(self._shapes_at, twin, count)),
+            registers=registers if prefix_tokens == registers else max(0, prefix_tokens - 1),
             assumptions=(self._about_layers(count), about_tokens),
         )
         if self.blocks is not None:

@@ -23,7 +23,7 @@ from transformers.activations import QuickGELUActivation
 
 from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
 from vlm_vision.backbones.config import TransformersConfig
-from vlm_vision.backbones.encoder import PlainBlock, quick_gelu_, resample_positions, run_blocks
+from vlm_vision.backbones.encoder import QUICK_GELU, Activation, PlainBlock, resample_positions, run_blocks
 from vlm_vision.compat import clip_vision_trunk, config_fields
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower_config import PreprocessConfig
@@ -121,6 +121,7 @@ class VitBackbone(LibraryBackbone):
             # Where the native size is no multiple, what is over is dropped there, and there alone.
             size_step=self._step,
             any_size=family.any_size,
+            registers=getattr(model_config, "num_register_tokens", 0),
             assumptions=family.assumptions,
         )
 
@@ -518,7 +519,7 @@ def plain_block(block: Any) -> PlainBlock | None:
         out=out,
         norm_2=norms[1],
         up=up,
-        activation=quick_gelu_ if isinstance(activation, QuickGELUActivation) else activation,
+        activation=QUICK_GELU if isinstance(activation, QuickGELUActivation) else Activation(activation),
         down=down,
         heads=_first(attention, "num_heads", "num_attention_heads", "attention.num_attention_heads"),
         scales=None if None in scales else (scales[0], scales[1]),

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlm_vision.device_map import DeviceMap
 from vlm_vision.errors import ConfigError, MissingExtraError
 from vlm_vision.features import on_grid
 from vlm_vision.integrations.clip_processor import ClipProcessor
@@ -83,15 +84,19 @@ class TowerEncoder(BaseVisionTower):  # type: ignore[misc]
         """The facts that Cambrian reads: `hidden_size`, `image_size`, `patch_size`."""
         return self._config
 
-    def load_model(self, device_map: Any = None) -> None:
+    def load_model(self, device_map: DeviceMap | None = None) -> None:
         """Read the weights; nothing happens when they are there.
 
+        Args:
+            device_map: as of `load_tower`.
+
         Raises:
+            ConfigError: a `device_map` that cannot be done.
             WeightsError: weights that are missing or do not fit.
         """
         if self.is_loaded:
             return
-        self.vision_tower = load_tower(self._source, **self._overrides)
+        self.vision_tower = load_tower(self._source, device_map=device_map, **self._overrides)
         self.vision_tower.requires_grad_(self.unfreeze_mm_vision_tower)
         self.image_processor = ClipProcessor(self.vision_tower.image_processor)
         self.is_loaded = True

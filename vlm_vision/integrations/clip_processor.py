@@ -21,9 +21,13 @@ class ClipProcessor:
         image_mean, image_std: per channel, on the 0..1 scale.
         size: `{"shortest_edge": side}`, the shorter side of what comes out.
         crop_size: `{"height": rows, "width": columns}`, in pixels.
+
+    Raises:
+        ConfigError: a tower that keeps the shapes of pictures.
     """
 
     def __init__(self, processor: ImageProcessor) -> None:
+        processor.check_one_size("code around CLIP's image processor")
         config = processor.config
         self.processor = processor
         self.image_mean, self.image_std = list(config.mean), list(config.std)

@@ -36,6 +36,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vlm_vision.compat import before_load_state_dict
+from vlm_vision.device_map import DeviceMap, place
 from vlm_vision.errors import ConfigError
 from vlm_vision.export import LIBRARY_NAMES
 from vlm_vision.features import SLICE_M25811_F6, slice_four
@@ -146,20 +147,19 @@ class LlavaVisionTower(nn.Module):
         if trained or not delay_load:
             self.load_model()
 
-    def load_model(self, device_map: Any = None) -> None:
+    def load_model(self, device_map: DeviceMap | None = None) -> None:
         """Read the weights, frozen, in evaluation mode; nothing happens when they are there.
 
         Args:
-            device_map: None for the CPU, a device, `{"": device}`, or a strategy of accelerate, all of which
-                mean the first GPU where there is one: a tower stays in one piece.
+            device_map: None for the CPU, or as of `load_tower`; modules are named as in `self.vision_tower`.
 
         Raises:
             WeightsError: weights that are missing or do not fit, those of the LLaVA checkpoint included.
-            ConfigError: a `device_map` that splits the tower.
+            ConfigError: a `device_map` that cannot be done.
         """
         if self.is_loaded:
             return
-        device, asked_dtype = _one_device(device_map), torch.get_default_dtype()
+        asked_dtype = torch.get_default_dtype()
         with _as_outside_a_model():
             tower = load_tower(self._source, **self._overrides)
             trained = _tower_of_checkpoint(self._checkpoint)
@@ -174,7 +174,8 @@ class LlavaVisionTower(nn.Module):
             # Else transformers draws anew what its checkpoint does not hold.
             setattr(module, "_is_hf_initialized", True)  # noqa: B010 - nn.Module's types have tensors alone
         # Inside transformers' `from_pretrained` the default dtype is the one that the whole model will have.
-        tower.to(device, tower.dtype if asked_dtype == torch.float32 else asked_dtype)
+        tower.to(tower.dtype if asked_dtype == torch.float32 else asked_dtype)
+        place(tower, "cpu" if device_map is None else device_map)
         self.vision_tower = tower.requires_grad_(False)
         self.image_processor = ClipProcessor(tower.image_processor)
         self.is_loaded = True
@@ -267,18 +268,6 @@ def _selection(source: str, select_layer: Any, select_feature: str) -> dict[str,
         )
     overrides = {"select": kind, "pooled_head": False}
     return overrides if layer is None else {"layer": layer, **overrides}
-
-
-def _one_device(device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
-            raise ConfigError(
-                f"device_map {dict(device_map)}: a vision tower stays in one piece; give one device"
-            )
-        device_map = device_map[""]
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device("cpu" if device_map is None else device_map)
 
 
 @contextmanager

@@ -112,11 +112,12 @@ def _image_transform(processor: ImageProcessor, strategy: str) -> Compose:
     """Picture to pixels [3,H,W]."""
     before = []
     if strategy == "resize-naive":
-        processor = ImageProcessor(processor.config.model_copy(update={"resize": "squash"}))
+        processor = ImageProcessor(processor.config.squashed().model_copy(update={"resize": "squash"}))
     elif strategy == "letterbox":
         before = [LetterboxPad(tuple(int(value * 255) for value in processor.config.mean))]
     elif strategy != "resize-crop":
         raise ConfigError(
             f"image_resize_strategy {strategy!r} is not known: give resize-naive, resize-crop or letterbox"
         )
+    processor.check_one_size(f"image_resize_strategy {strategy!r}")
     return Compose([*before, processor, itemgetter(0)])

@@ -13,7 +13,8 @@ Importing this module registers everything with `AutoConfig`, `AutoModel`, `Auto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from vlm_vision.backbone import Backbone
 from vlm_vision.compat import attention_kernel
 from vlm_vision.config import validate
+from vlm_vision.device_map import DeviceMap, MaxMemory, place
 from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.preprocess import ImageProcessor, open_image
@@ -124,10 +126,11 @@ def llava_fields(tower: VisionTower) -> dict[str, Any]:
     Raises:
         ConfigError: the tower gives what those models cannot read.
     """
+    tower.image_processor.check_one_size("a LLaVA of transformers")
     select = tower.config.select
     if select not in ("patch", "cls_patch"):
         raise ConfigError(f"select {select!r}: a LLaVA of transformers reads patches; use select 'patch'")
-    drops_first = select == "patch" and tower.backbone.info.prefix_tokens > 0
+    drops_first = select == "patch" and tower.backbone.info.has_class_token
     layers = [layer - tower.backbone.info.num_layers - 1 for layer in tower.layers]
     return {
         "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
@@ -180,10 +183,36 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """
         return cls(VlmVisionConfig.from_tower(tower, **fields), tower).train(tower.training)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        *args: Any,
+        device_map: DeviceMap | None = None,
+        max_memory: MaxMemory | None = None,
+        offload_folder: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As its base has it; the map's names are this model's, and it is done as for a tower alone.
+
+        Raises:
+            ConfigError: a map that cannot be done, as of `vlm_vision.device_map.place`.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        if isinstance(device_map, Mapping):
+            device_map = {re.sub(r"^tower(\.|$)", "", name): device for name, device in device_map.items()}
+        tower = (loaded[0] if isinstance(loaded, tuple) else loaded).tower
+        place(tower, device_map, max_memory=max_memory, offload_folder=offload_folder)
+        return loaded
+
+    @property
+    def device(self) -> torch.device:
+        return self.tower.device
+
     def _init_weights(self, module: nn.Module) -> None:
         """Called while loading, for each module of which the checkpoint gave not everything.
 
         Raises:
+            ConfigError: the model around it is loaded with its tower on the disk.
             WeightsError: a weight is missing.
         """
         name = next(name for name, own in self.named_modules() if own is module)
@@ -194,6 +223,10 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             for key, tensor in tensors.items()
             if tensor is not None and key not in unsaved and not getattr(tensor, "_is_hf_initialized", False)
         ]
+        if any(getattr(module, name.rpartition(".")[2]).is_meta for name in lost):
+            raise ConfigError(
+                "device_map puts the vision tower on the disk, where it cannot be read from: give it a device"
+            )
         if lost:
             raise WeightsError(f"weights of the vision tower are missing or misshapen: {', '.join(lost)}")
         for key in unsaved:
@@ -247,7 +280,8 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         with attention_kernel(tower.config.attention):
             outputs = run(batch, layers)
         select: Select = "cls_patch" if self.config.has_class_token else "patch"
-        return [select_tokens(output, select, tower.backbone.info.prefix_tokens) for output in outputs]
+        prefix_tokens = tower.backbone.info.prefix_tokens
+        return [select_tokens(output, select, prefix_tokens).to(batch.device) for output in outputs]
 
     def _hidden_states(
         self,
@@ -407,11 +441,13 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         """One picture or several to `pixel_values`, [B,3,H,W] with `return_tensors="pt"`.
 
         Raises:
-            ConfigError: a setting that differs from the tower's.
+            ConfigError: a setting that differs from the tower's, or one tensor of pictures of several sizes.
             DataError: a picture cannot be read, or holds floats.
         """
         self._refuse(kwargs)
         pixels = self._own([_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))])
+        if isinstance(pixels, list) and return_tensors is not None:
+            self._own.check_one_size("return_tensors")
         return BatchFeature({"pixel_values": list(pixels)}, tensor_type=return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
@@ -472,7 +508,7 @@ def _facts(tower: VisionTower) -> dict[str, Any]:
         "patch_size": tower.patch_size,
         "num_hidden_layers": info.num_layers,
         "num_held_layers": info.num_layers if tower.config.keeps_head else deepest,
-        "has_class_token": info.prefix_tokens > 0,
+        "has_class_token": info.has_class_token,
     }
 
 
