@@ -25,8 +25,8 @@ class BackboneInfo:
         default_layer: layer given when the config names none.
         embed_dim: width of the pooled head, or None when there is none.
         preprocess: how pictures are prepared for these weights.
-        size_step: sides of pictures that are multiples of it can be taken, with position embeddings resampled
-            where there are any; None where only the native size can.
+        size_step: sides of pictures that are multiples of it can be taken call by call, with position
+            embeddings resampled where there are any; None where only the native size can.
         any_size: whether other sizes are what the weights were trained for (NaFlex), so need no asking.
         registers: of the prefix tokens, those that are no class token.
         assumptions: what was taken for granted because the library does not say it, a sentence each.
@@ -78,9 +78,10 @@ def find_size_step(
     shapes: Sequence[Shape],
     measure: Callable[[tuple[int, int]], Sequence[Shape] | None],
 ) -> int | None:
-    """The step of sizes that a model takes call by call, found by trying one beside the native and one afar.
+    """The step of sizes that a model takes call by call, found by trying one beside the native.
 
-    The native size may be no multiple of it, where a patch embedding drops the rest.
+    The native size may be no multiple of it, where a patch embedding drops the rest; one afar tells that from
+    strides that round.
 
     Args:
         size: the native one, at which the layers have `shapes`.
@@ -90,7 +91,10 @@ def find_size_step(
     step = size[0] // rows
     if (size[0] // step, size[1] // step) != (rows, columns):
         return None
-    for new_rows, new_columns in ((rows + 1, columns + 2), (2 * rows + 1, 2 * columns)):
+    tried = [(rows + 1, columns + 2)]
+    if size != (step * rows, step * columns):
+        tried.append((2 * rows + 1, 2 * columns))
+    for new_rows, new_columns in tried:
         expected = [(width, r * new_rows // rows, c * new_columns // columns) for width, r, c in shapes]
         found = measure((new_rows * step, new_columns * step))
         if found is None or list(found) != expected:
@@ -131,7 +135,10 @@ class Backbone(nn.Module, ABC):
         """
 
     def layer_modules(self) -> Sequence[nn.Module]:
-        """The modules of the layers it still has, in order, for what is done layer by layer."""
+        """The modules of the layers it still has, in order, for what is done layer by layer.
+
+        Each holds every parameter of its layer; where a library has no one module for it, an `nn.ModuleList`.
+        """
         raise ConfigError(f"{type(self).__name__} does not tell its layers apart")
 
     def resize(self, image_size: int | tuple[int, int]) -> None:

@@ -19,6 +19,7 @@ from vlm_vision.errors import ConfigError, DataError, nearest, require
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlm_vision.tower import VisionTower
     from vlm_vision.train.vlm import VisionLanguageModel
 
 
@@ -137,6 +138,7 @@ def _show_tower(source: str) -> None:
         "hidden size": tower.hidden_size,
         "patches": f"{tower.num_patches} ({rows} x {columns}, every {tower.patch_size} pixels)",
         "image size": tower.image_size,
+        "other sizes": _other_sizes(source, tower),
         "layers": f"{info.num_layers}, of which {', '.join(map(str, tower.layers))} given",
         "select": tower.config.select,
         "prefix tokens": info.prefix_tokens,
@@ -149,6 +151,20 @@ def _show_tower(source: str) -> None:
         print(f"{name:14} {value}")
     for assumption in info.assumptions:
         print(f"{'assumed':14} {assumption}")
+
+
+def _other_sizes(source: str, tower: VisionTower) -> str:
+    """Which pictures a tower takes beside those of its native size."""
+    from vlm_vision.tower import describe_tower
+
+    info = tower.backbone.info
+    if info.size_step is not None:
+        return f"multiples of {info.size_step} pixels, per call or at load"
+    try:
+        describe_tower(source, image_size=(2 * info.preprocess.height, 2 * info.preprocess.width))
+    except ConfigError:
+        return "none"
+    return "at load only"
 
 
 def _new_plugin(folder: str) -> None:

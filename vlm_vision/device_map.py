@@ -93,7 +93,8 @@ def _layers(tower: VisionTower) -> dict[str, nn.Module]:
             except ConfigError:
                 continue
     names = {module: name for name, module in tower.named_modules()}
-    return {names[layer]: layer for layer in found if not isinstance(layer, Backbone)}  # parts of a fused one
+    parts = [part for layer in found for part in ([layer] if layer in names else layer.children())]
+    return {names[part]: part for part in parts if not isinstance(part, Backbone)}  # parts of a fused one
 
 
 def _example(layers: Mapping[str, nn.Module]) -> str:

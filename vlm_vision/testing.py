@@ -156,10 +156,11 @@ def _other_sizes_run_or_are_refused(tower: VisionTower) -> None:
         )
         if info.size_step is None:
             return
-        height, width = _native(tower)
-        other = _pixels(tower, 1, (height + info.size_step, width + 2 * info.size_step))
+        # The native size may be no multiple of the step, where a patch embedding drops the rest.
+        steps_down, steps_across = (side // info.size_step for side in _native(tower))
+        other = _pixels(tower, 1, ((steps_down + 1) * info.size_step, (steps_across + 2) * info.size_step))
         rows, columns = tower.grid
-        count = (rows * other.shape[2] // height) * (columns * other.shape[3] // width)
+        count = (rows * (steps_down + 1) // steps_down) * (columns * (steps_across + 2) // steps_across)
         found = patches(other, interpolate=True)
         _expect(
             tuple(found.shape) == (1, count, patches.hidden_size),

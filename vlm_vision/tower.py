@@ -143,10 +143,17 @@ class VisionTower(nn.Module):
     ) -> Float[Tensor, "b n d"] | list[Float[Tensor, "n d"]]:
         """Features of the selected layers and tokens; a list of pictures runs as one batch.
 
+        Pictures of other sizes than the native one, square or not, are features as of a tower loaded at that
+        size (`image_size`); nothing changes at the native size. `backbone.info.size_step` tells which, and
+        `vlm-vision towers show` says it: ViTs take multiples of their patch, windowed and staged backbones
+        multiples of their last stride, open_clip's, timm's and transformers' alike. Gradients reach the
+        positions that were resampled. Backbones whose library ties weights to one size (MLP-Mixer, GCViT,
+        LeViT, Hiera among timm's) and `fused` take that alone.
+
         Args:
-            interpolate: take pictures of other sizes than the native one too, with position embeddings
-                resampled as the backbone's own library does; exact at the native size. A list may mix sizes:
-                each size runs as one batch, and a list of [N,D] comes back.
+            interpolate: take pictures of other sizes too, with position embeddings, relative positions and
+                windows resampled as the backbone's own library does. A list may mix sizes: each size runs as
+                one batch, and a list of [N,D] comes back.
 
         Raises:
             ConfigError: pixels of a size that the backbone does not take, or none at all.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -242,12 +242,17 @@ class ResNetBackbone(_NativeBackbone):
         return [rearrange(features, "b d h w -> b (h w) d") for features in asked]
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        native = (self.info.preprocess.height, self.info.preprocess.width)
-        if tuple(pixels.shape[2:]) != native:
-            raise ConfigError(
-                f"pixels of {list(pixels.shape)}: a ModifiedResNet's attention pooling takes {native} only"
-            )
-        embedding: Tensor = self.visual(pixels)
+        rows, columns = (side // RESNET_STRIDES[-1] for side in pixels.shape[2:])
+        embedding: Tensor
+        if (rows, columns) == self.info.grids[-1]:
+            embedding = self.visual(pixels)
+            return embedding
+        pooling = copy(self.visual.attnpool)  # with positions of this call; all else is shared
+        pooling._parameters = dict(pooling._parameters)
+        positions = pooling._parameters.pop("positional_embedding")
+        pooling.positional_embedding = _positions_at(positions, self.info.grids[-1], (rows, columns))
+        tokens = self.forward_layers(pixels, [self.info.num_layers])[0]
+        embedding = pooling(rearrange(tokens, "b (h w) d -> b d h w", h=rows))
         return embedding
 
     def truncate(self, layer: int) -> None:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -30,6 +30,7 @@ from vlm_vision.weights import load_strict, read_state_dict, without_init
 RANDOM = "none"
 # What timm raises where a size does not suit a model.
 REFUSALS = (AssertionError, RuntimeError, ValueError)
+Found = TypeVar("Found")
 
 
 def list_models() -> list[str]:
@@ -147,23 +148,34 @@ class TrunkBackbone(Backbone):
         _take_any_size(trunk)
         return model, trunk
 
-    def _whole_at(self, pixels: Float[Tensor, "b 3 h w"]) -> Any:
-        """The whole module, set to the size of these pixels where it does not follow sizes by itself."""
-        height, width = pixels.shape[-2:]
+    def forward_layers(
+        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
+    ) -> list[Float[Tensor, "b tokens d"]]:
+        run = partial(self._run_layers, pixels, layers)
+        return run(self._whole) if self._runs_as_it_is(pixels) else self._run_at_size(pixels, run)
+
+    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        run = partial(_call, pixels=pixels)
+        return run(self._whole) if self._runs_as_it_is(pixels) else self._run_at_size(pixels, run)
+
+    def _runs_as_it_is(self, pixels: Tensor) -> bool:
         native = (self.info.preprocess.height, self.info.preprocess.width)
-        if not self._is_set_to_size or (height, width) == native:
-            return self._whole
+        return not self._is_set_to_size or tuple(pixels.shape[-2:]) == native
+
+    @torch.compiler.disable
+    def _run_at_size(self, pixels: Tensor, run: Callable[[Any], Found]) -> Found:
+        """Run the model set to the size of these pixels; to compile it would take minutes for each size."""
+        height, width = pixels.shape[-2:]
         try:
-            return set_to_size(self._whole, self._trunk_of, (height, width))
+            model = set_to_size(self._whole, self._trunk_of, (height, width))
         except REFUSALS as error:
             raise ConfigError(
                 f"pixels of {height}x{width}: {self._origin} does not take them: {first_line(error)}"
             ) from error
+        return run(model)
 
-    def forward_layers(
-        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
-    ) -> list[Float[Tensor, "b tokens d"]]:
-        trunk = self._trunk_of(self._whole_at(pixels))
+    def _run_layers(self, pixels: Tensor, layers: Sequence[int], model: Any) -> list[Tensor]:
+        trunk = self._trunk_of(model)
         common: dict[str, Any] = {
             "indices": [layer - 1 for layer in layers],
             "stop_early": True,
@@ -174,10 +186,6 @@ class TrunkBackbone(Backbone):
             return [rearrange(features, "b d h w -> b (h w) d") for features in maps]
         outputs = trunk.forward_intermediates(pixels, output_fmt="NLC", return_prefix_tokens=True, **common)
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
-
-    def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        pooled: Tensor = self._whole_at(pixels)(pixels)
-        return pooled
 
     def truncate(self, layer: int) -> None:
         self.trunk.prune_intermediate_layers([layer - 1], prune_norm=True, prune_head=True)
@@ -264,6 +272,11 @@ def _take_any_size(trunk: Any) -> None:
         embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
 
 
+def _call(model: Any, pixels: Tensor) -> Tensor:
+    output: Tensor = model(pixels)
+    return output
+
+
 class _WithGraph(TorchFunctionMode):
     """Within it, what is computed keeps its graph, even under `no_grad` and when it becomes a parameter."""
 
@@ -280,9 +293,10 @@ class _WithGraph(TorchFunctionMode):
             self._made[made.data_ptr()] = made
         return made
 
-    def of(self, parameter: nn.Parameter) -> Tensor:
+    def of(self, parameter: nn.Parameter) -> Tensor | None:
         """What a parameter was made of, with its graph: both have the same memory."""
-        return self._made[parameter.data_ptr()].view(parameter.shape)
+        made = self._made.get(parameter.data_ptr())
+        return made if made is not None and made.shape == parameter.shape else None
 
 
 def set_to_size(model: nn.Module, trunk_of: Callable[[Any], Any], size: tuple[int, int]) -> Any:
@@ -310,8 +324,11 @@ def set_to_size(model: nn.Module, trunk_of: Callable[[Any], Any], size: tuple[in
         for name, parameter in list(module._parameters.items()):
             if parameter is None or id(parameter) in native or not parameter.requires_grad:
                 continue
+            resampled = graph.of(parameter)
+            if resampled is None:
+                raise RuntimeError(f"{name} learns, and has no gradient at another size than the native one")
             delattr(module, name)
-            setattr(module, name, graph.of(parameter))
+            setattr(module, name, resampled)
     return like
 
 

@@ -122,9 +122,9 @@ class GenericBackbone(Backbone):
         if step is None:
             return super().resize(image_size)
         preprocess = at_size(self.info.preprocess, image_size, step)
-        height, width = self.info.preprocess.height, self.info.preprocess.width
+        height, width = self.info.preprocess.height // step, self.info.preprocess.width // step
         grids = tuple(
-            (rows * preprocess.height // height, columns * preprocess.width // width)
+            (rows * (preprocess.height // step) // height, columns * (preprocess.width // step) // width)
             for rows, columns in self.info.grids
         )
         self.info = replace(self.info, grids=grids, preprocess=preprocess)

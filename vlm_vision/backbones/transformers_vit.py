@@ -119,7 +119,7 @@ class VitBackbone(LibraryBackbone):
             embed_dim=model_config.hidden_size if pools else None,
             preprocess=preprocess,
             # Where the native size is no multiple, what is over is dropped there, and there alone.
-            size_step=None if preprocess.height % self._step or preprocess.width % self._step else self._step,
+            size_step=self._step,
             any_size=family.any_size,
             registers=getattr(model_config, "num_register_tokens", 0),
             assumptions=family.assumptions,
@@ -143,7 +143,7 @@ class VitBackbone(LibraryBackbone):
         grid = self._grid_of(preprocess)
         self._store_positions(grid)
         grids = (grid,) * self.info.num_layers
-        self.info = replace(self.info, grids=grids, preprocess=preprocess, size_step=self._step)
+        self.info = replace(self.info, grids=grids, preprocess=preprocess)
 
     def _grid_of(self, preprocess: PreprocessConfig) -> tuple[int, int]:
         return (preprocess.height // self._step, preprocess.width // self._step)
