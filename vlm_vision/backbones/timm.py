@@ -162,7 +162,7 @@ class TrunkBackbone(Backbone):
         native = (self.info.preprocess.height, self.info.preprocess.width)
         return not self._is_set_to_size or tuple(pixels.shape[-2:]) == native
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_at_size(self, pixels: Tensor, run: Callable[[Any], Found]) -> Found:
         """Run the model set to the size of these pixels; to compile it would take minutes for each size."""
         height, width = pixels.shape[-2:]
