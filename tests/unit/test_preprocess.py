@@ -623,7 +623,7 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         {"icc_profile": bytes(100_000)},
         {"exif": Image.Exif()},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options) or "plain",
 )
 def test_every_decoder_gives_pillows_bytes(decoder: str, options: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
