@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,16 +57,19 @@ def place(
         ConfigError: a device that cannot be used, a name that is no module's, a module without a device, a
             layer in pieces, all else in pieces or on the disk, or no folder for the disk.
     """
-    layers, by_strategy = _layers(tower), isinstance(device_map, str) and device_map in STRATEGIES
+    by_strategy = isinstance(device_map, str) and device_map in STRATEGIES
     if max_memory is not None and not by_strategy:
         raise ConfigError(f"max_memory is for device_map='auto' and its kind, not for {device_map!r}")
     if device_map is None:
         return
+    if not (by_strategy or isinstance(device_map, Mapping) or device_map == DISK):
+        tower.to(_usable(device_map))
+        return
+    layers = _layers(tower)
     if by_strategy:
         places = _inferred(tower, layers, str(device_map), max_memory)
     else:
-        named = device_map if isinstance(device_map, Mapping) else {"": device_map}
-        places = _named(tower, layers, named)
+        places = _named(tower, layers, device_map if isinstance(device_map, Mapping) else {"": DISK})
     main = places.pop("")
     if main == DISK and by_strategy:
         raise ConfigError(
@@ -84,17 +88,30 @@ def place(
 
 
 def _layers(tower: VisionTower) -> dict[str, nn.Module]:
-    """The layers by name; none of a backbone that does not tell them apart, and so stays whole."""
+    """The layers by name, or the modules that make one; without those that share weights with others.
+
+    None of a backbone that does not tell its layers apart, and so stays whole.
+    """
     found: list[nn.Module] = []
     for backbone in tower.modules():
         if isinstance(backbone, Backbone):
             try:
-                found += backbone.layer_modules()
+                found += [part for layer in backbone.layer_modules() for part in _parts(layer)]
             except ConfigError:
                 continue
     names = {module: name for name, module in tower.named_modules()}
-    parts = [part for layer in found for part in ([layer] if layer in names else layer.children())]
-    return {names[part]: part for part in parts if not isinstance(part, Backbone)}  # parts of a fused one
+    uses = Counter(parameter for _, parameter in tower.named_parameters(remove_duplicate=False))
+    return {
+        names[layer]: layer
+        for layer in found
+        if not isinstance(layer, Backbone)  # a part of a fused one, whose layers are found too
+        and all(uses[parameter] == 1 for parameter in layer.parameters())
+    }
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """The layer, or the modules in it where it is a mere list of them, which has no call to hook."""
+    return [part for one in layer for part in _parts(one)] if isinstance(layer, nn.ModuleList) else [layer]
 
 
 def _example(layers: Mapping[str, nn.Module]) -> str:

@@ -13,8 +13,8 @@ from tiny import CLIP_VISION, RESNET, TOWER, tiny_tower
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vlm_vision import VisionTower, load_tower
-from vlm_vision.device_map import place
+from vlm_vision import VisionTower, device_map, load_tower
+from vlm_vision.backbone import Backbone
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.extract import extract_file
 from vlm_vision.tower import describe_tower
@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ModifiedResNet": RESNET,
     "timm ViT": {"backbone": "timm:test_vit@none"},
     "timm ConvNeXt": {"backbone": "timm:test_convnext@none"},
+    "timm ResNet, whose first layer is of two modules": {"backbone": "timm:test_resnet@none"},
     "CLIP of transformers": of_transformers(model_type="clip_vision_model", **CLIP_VISION),
     "DINOv3": of_transformers(model_type="dinov3_vit", image_size=32, patch_size=8),
     "NaFlex": of_transformers(model_type="siglip2_vision_model", num_patches=16, patch_size=8),
@@ -54,9 +55,17 @@ def tower_of(kind: str, **options: Any) -> VisionTower:
 
 
 def layer_names(tower: VisionTower) -> list[str]:
-    parts = tower.backbone.layer_modules()
-    layers = [layer for part in parts for layer in getattr(part, "layer_modules", lambda part=part: [part])()]
-    return [name for name, module in tower.named_modules() if any(module is layer for layer in layers)]
+    """Of the modules that are, or make, its layers."""
+    waiting, found = [*tower.backbone.layer_modules()], set[nn.Module]()
+    while waiting:
+        layer = waiting.pop()
+        if isinstance(layer, Backbone):
+            waiting += layer.layer_modules()
+        elif isinstance(layer, nn.ModuleList):
+            waiting += layer
+        else:
+            found.add(layer)
+    return [name for name, module in tower.named_modules() if module in found]
 
 
 def pixels_for(tower: VisionTower) -> Tensor:
@@ -86,6 +95,18 @@ def test_layers_on_the_disk_give_the_same_features(kind: str, tmp_path: Path) ->
     for one, own in found:
         assert one.device == spread.device == tower.device
         assert float((one - own).abs().max()) <= 1e-5  # measured 1.1e-6, native ViT
+
+
+def test_layers_that_share_weights_stay_where_the_rest_is() -> None:
+    """CoaT's position encodings are one module in all blocks of a stage."""
+    tower = describe_tower("timm:coat_tiny@none")
+    shared, own = "backbone.model.serial_blocks1.0", "backbone.model.patch_embed2"
+    assert shared in layer_names(tower)
+    assert own in layer_names(tower)
+    with pytest.raises(ConfigError, match="all that is no layer stays together"):
+        device_map.place(tower, {"": "cpu", shared: "disk"}, offload_folder="none")
+    with pytest.raises(ConfigError, match="name an offload_folder"):
+        device_map.place(tower, {"": "cpu", own: "disk"})
 
 
 @torch.no_grad()
@@ -195,11 +216,12 @@ def test_layers_on_two_gpus_are_given_their_tokens(kind: str, monkeypatch: pytes
     """On tensors without data, which torch lets be on any device, and refuses to compute with across two."""
     whole = {"layer": [1, -1]} if "ViT" in kind else {}
     tower = tower_of(kind, pooled_head=kind != "fused", **whole)
-    names, pixels = layer_names(tower), pixels_for(tower)
+    names, pixels, layers = layer_names(tower), pixels_for(tower), device_map._layers(tower)
     monkeypatch.setattr(nn.Module, "_apply", _apply)
+    monkeypatch.setattr(device_map, "_layers", lambda _: layers)  # timm's are found by building a model
     with FakeTensorMode(allow_non_fake_inputs=True):
         _apply(tower, torch.empty_like)
-        place(tower, {"": "cuda:0", **dict.fromkeys(names[1::2], "cuda:1")})
+        device_map.place(tower, {"": "cuda:0", **dict.fromkeys(names[1::2], "cuda:1")})
         features = tower(pixels)
         assert features.shape == (2, tower.num_tokens, tower.hidden_size)
         assert features.device == tower.device == torch.device("cuda:0")
