@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ModifiedResNet": RESNET,
     "timm ViT": {"backbone": "timm:test_vit@none"},
     "timm ConvNeXt": {"backbone": "timm:test_convnext@none"},
+    "layers of several modules": {"backbone": "timm:mobilenetv3_small_050@none"},
     "CLIP of transformers": of_transformers(model_type="clip_vision_model", **CLIP_VISION),
     "DINOv3": of_transformers(model_type="dinov3_vit", image_size=32, patch_size=8),
     "NaFlex": of_transformers(model_type="siglip2_vision_model", num_patches=16, patch_size=8),
@@ -56,6 +57,7 @@ def tower_of(kind: str, **options: Any) -> VisionTower:
 def layer_names(tower: VisionTower) -> list[str]:
     parts = tower.backbone.layer_modules()
     layers = [layer for part in parts for layer in getattr(part, "layer_modules", lambda part=part: [part])()]
+    layers = [m for layer in layers for m in (layer if isinstance(layer, nn.ModuleList) else [layer])]
     return [name for name, module in tower.named_modules() if any(module is layer for layer in layers)]
 
 
