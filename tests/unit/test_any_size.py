@@ -6,6 +6,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vlm_vision.adapters.lora import add_lora, merge_lora
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.backbones import timm as ours
 from vlm_vision.cli import main
+from vlm_vision.device_map import place
 from vlm_vision.errors import ConfigError
 from vlm_vision.testing import check_tower
 
@@ -225,6 +227,18 @@ def test_hooks_and_adapters_take_part(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_layers_may_wait_on_the_disk(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    own, spread, windowed = tower_of("EVA02"), tower_of("EVA02"), tower_of("Swin")
+    place(spread, {"": "cpu", "backbone.model.blocks.0": "disk"}, offload_folder=tmp_path)
+    place(windowed, {"": "cpu", "backbone.model.layers.0": "disk"}, offload_folder=tmp_path)
+    pixels = torch.randn(1, 3, *sizes_of(own)[0])
+    assert torch.equal(spread(pixels, interpolate=True), own(pixels, interpolate=True))
+    with pytest.raises(ConfigError, match="relative_position_bias_table waits on the CPU or the disk"):
+        windowed(torch.randn(1, 3, *sizes_of(windowed)[0]), interpolate=True)
+
+
+@torch.no_grad()
 def test_threads_do_not_see_each_others_sizes() -> None:
     tower = tower_of("Swin")
     batches = [torch.randn(1, 3, *size) for size in (*sizes_of(tower), native(tower))] * 4
@@ -317,6 +331,15 @@ def test_sizes_that_cannot_be_taken_say_so() -> None:
     mixer = load_tower("timm:mixer_s32_224@none", layer=1)
     with pytest.raises(ConfigError, match="its backbone takes no other size"):
         mixer(torch.zeros(1, 3, 256, 256), interpolate=True)
+
+
+def test_positions_that_would_learn_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, pixels = tower_of("BEiT"), torch.zeros(1, 3, 40, 32)
+    monkeypatch.setattr(ours._WithGraph, "of", lambda *_: None)  # as if timm copied what it resampled
+    with pytest.raises(ConfigError, match="bias_table learns, and timm resamples it without a gradient"):
+        tower(pixels, interpolate=True)
+    tower.train_only("nothing")
+    assert tower(pixels, interpolate=True).isfinite().all()
 
 
 def test_a_size_that_timm_refuses_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

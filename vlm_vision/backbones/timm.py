@@ -314,21 +314,27 @@ def set_to_size(model: nn.Module, trunk_of: Callable[[Any], Any], size: tuple[in
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     native = set(shared)
     for module in model.modules():
-        shared |= {id(value): value for name, value in vars(module).items() if "hooks" in name}
+        shared |= {id(value): value for name, value in vars(module).items() if "hook" in name}
     like = copy.deepcopy(model, shared)
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
     graph = _WithGraph()
     with graph if learns else nullcontext():
         trunk_of(like).set_input_size(img_size=size)
-    for module in like.modules() if learns else ():
+    elsewhere = not all(parameter.is_meta for parameter in model.parameters())
+    for module in like.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None or id(parameter) in native or not parameter.requires_grad:
+            if parameter is None or id(parameter) in native:
                 continue
-            resampled = graph.of(parameter)
-            if resampled is None:
-                raise RuntimeError(f"{name} learns, and has no gradient at another size than the native one")
-            delattr(module, name)
-            setattr(module, name, resampled)
+            if parameter.is_meta and elsewhere:
+                raise RuntimeError(
+                    f"{name} waits on the CPU or the disk; load the tower at this size instead"
+                )
+            if learns and parameter.requires_grad:
+                resampled = graph.of(parameter)
+                if resampled is None:
+                    raise RuntimeError(f"{name} learns, and timm resamples it without a gradient")
+                delattr(module, name)
+                setattr(module, name, resampled)
     return like
 
 
