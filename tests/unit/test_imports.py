@@ -55,6 +55,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.plugin",
         "vlm_vision.search",
         "vlm_vision.testing",
+        "vlm_vision.verify",
+        "vlm_vision.verify_page",
         "vlm_vision.zero_shot",
     ),
     ("vlm_vision", "vlm_vision.scaffold"),
