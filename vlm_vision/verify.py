@@ -343,12 +343,15 @@ def _take_weights(theirs: Any, backbone: Any) -> None:
             "head": "head.",
         }
     named = {places[name.partition(".")[0]] + name.partition(".")[2]: value for name, value in state.items()}
+    for name, tensor in trunk.state_dict().items():
+        # Masks are for pre-training, and no registers are an empty tensor: towers hold neither.
+        if tensor.numel() == 0 or name.endswith("mask_token"):
+            named.setdefault(name, torch.zeros(tensor.shape))
     report = trunk.load_state_dict(named, strict=False, assign=True)
-    # Masks are for pre-training, and no registers are an empty tensor: towers hold neither.
-    own = trunk.state_dict()
-    missing = [name for name in report.missing_keys if own[name].numel() and not name.endswith("mask_token")]
-    if missing or report.unexpected_keys:
-        raise ConfigError(f"only the library has {missing}, only the tower {report.unexpected_keys}")
+    if report.missing_keys or report.unexpected_keys:
+        raise ConfigError(
+            f"only the library has {report.missing_keys}, only the tower {report.unexpected_keys}"
+        )
 
 
 def run_transformers(model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Any:

@@ -170,7 +170,7 @@ def test_verification_finds_every_family_equal(kind: str, tmp_path: Path) -> Non
     (found,) = verify([f"transformers:{folder}"])
     assert found.verdict == "equal"
     assert found.patches is not None
-    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 2e-7
+    assert max(found.patches, found.pooled or 0.0) <= 1e-6  # measured 4e-7
 
 
 @pytest.mark.parametrize("kind", HERE)
