@@ -24,7 +24,7 @@ from PIL import Image
 
 from vlm_vision import VisionTower, load_tower
 from vlm_vision.extract import extract_features
-from vlm_vision.picture_list import Picture, list_pictures, open_pictures
+from vlm_vision.picture_list import ListedPicture, list_pictures, open_pictures
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def run_model(tower: VisionTower, batches: list[torch.Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def extraction(tower: VisionTower, listed: list[Picture], arguments: argparse.Namespace) -> float:
+def extraction(tower: VisionTower, listed: list[ListedPicture], arguments: argparse.Namespace) -> float:
     """Pictures a second, from the first asked for to the last shard on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         done = extract_features(
@@ -126,7 +126,7 @@ def extraction(tower: VisionTower, listed: list[Picture], arguments: argparse.Na
     return done.new / done.seconds
 
 
-def decode(tower: VisionTower, listed: list[Picture]) -> torch.Tensor:
+def decode(tower: VisionTower, listed: list[ListedPicture]) -> torch.Tensor:
     processor, squares = tower.image_processor, []
     for opened in open_pictures(listed):
         if not isinstance(opened, Image.Image):

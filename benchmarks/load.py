@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tower import save_random_clip
+from tower import memory, save_random_clip
 from transformers import CLIPVisionModel
 
 from vlm_vision import load_tower
@@ -88,12 +88,6 @@ def measure(way: str, weights: Path) -> None:
     for parameter in getattr(loaded, "parameters", tuple)():
         float(parameter.detach().sum())
     print(time.perf_counter() - start, memory("RssAnon") - private, memory("VmHWM") - peak)
-
-
-def memory(line: str) -> float:
-    """MiB of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(each.split()[1]) for each in lines if each.startswith(line)) / 2**10
 
 
 if __name__ == "__main__":

@@ -199,15 +199,15 @@ def peak_mib(name: str, arguments: argparse.Namespace) -> float:
         way(pixels)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
-    before = peak_of_this_process()
+    before = memory("VmHWM")
     way(pixels)
-    return (peak_of_this_process() - before) / 2**10
+    return memory("VmHWM") - before
 
 
-def peak_of_this_process() -> int:
-    """KiB."""
+def memory(line: str) -> float:
+    """MiB of this process, by a line of Linux's account of it."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(each.split()[1]) for each in lines if each.startswith(line)) / 2**10
 
 
 if __name__ == "__main__":

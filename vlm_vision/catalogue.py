@@ -104,10 +104,8 @@ def describe(tower: str) -> TowerFacts:
         ConfigError: it cannot be built. Libraries raise errors of their own too.
     """
     from vlm_vision.tower import describe_tower
-    from vlm_vision.weights import without_init
 
-    with without_init():
-        built = describe_tower(tower)
+    built = describe_tower(tower)
     size, (rows, columns) = built.image_size, built.grid
     return TowerFacts(
         tower,

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,15 @@ def test_config_modules_load_without_torch() -> None:
     configs = [name for name in MODULES if name.endswith("config")]
     assert "vlm_vision.tower_config" in configs
     assert not loaded_by("\n".join(f"import {name}" for name in configs)) & {*HEAVY, "torch"}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_benchmarks_import_names_that_are_there(script: Path) -> None:
+    """No test runs them, so that a renamed class would only be missed by whoever measures next."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm_vision"):
+            module = import_module(str(node.module))
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
 def test_public_names_are_there() -> None:
