@@ -66,6 +66,8 @@ def _list_towers(source: str | None, match: str) -> None:
     from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
 
     towers = list_towers(source, match)
+    if not towers:
+        raise ConfigError(f"no tower's name matches {match!r}; all names: vlm-vision towers")
     header = TowerFacts("source:model", *TowerFacts._fields[1:])
     widths = [max(map(len, column)) for column in zip(header, *towers, strict=True)]
     for name, *facts, licence in (header, *towers):

@@ -124,6 +124,11 @@ def test_the_catalogue_is_made_of_every_source(tmp_path: Path, monkeypatch: pyte
 # The command --------------------------------------------------------------------------------------------
 
 
+def test_a_glob_that_nothing_matches_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["towers", "--match", "no such model"]) == 2
+    assert "error: no tower's name matches 'no such model'" in capsys.readouterr().err
+
+
 def test_the_table_is_aligned_and_its_first_column_is_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["towers", "--source", "open_clip", "--match", "*L-14*"]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
