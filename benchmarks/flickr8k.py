@@ -17,12 +17,13 @@ from vlm_vision.config import load_config
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.contrastive import train_contrastive
-from vlm_vision.train.contrastive_config import ContrastiveConfig, PairsConfig
+from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import caption_loss
 from vlm_vision.train.language import text_chats, warm_start_llm
 from vlm_vision.train.language_config import LanguageConfig
 from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.pairs_config import PairsConfig
 from vlm_vision.train.ranks import default_ranks, run_on_ranks
 from vlm_vision.train.run import read_metrics
 from vlm_vision.train.vlm import VisionLanguageModel

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from vlm_vision.train.contrastive_config import AugmentConfig
+from vlm_vision.train.pairs_config import AugmentConfig
 
 
 def augment(

@@ -9,79 +9,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.config import Config
 from vlm_vision.tower_config import TowerConfig
+from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 from vlm_vision.train.rules import Rule
+from vlm_vision.train.validation_config import ValidationConfig
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Recipe = Literal["auto", "scratch", "frozen_vision", "lora", "full"]
-
-
-class PairsConfig(Config):
-    """Pictures with captions.
-
-    Attributes:
-        path: CSV, TSV, JSONL or parquet file, or a folder of class folders (`folder/cat/1.jpg`).
-        image_column: paths (relative to `image_folder`) or encoded bytes.
-        caption_column: captions, or class names where `templates` are given. Rows that share a picture give
-            it several captions, one of which is drawn each epoch.
-        image_folder: None means the folder of the file.
-        templates: one is drawn per picture and epoch; `{}` takes the caption.
-        max_bad_share: pictures that cannot be read are replaced, counted and listed up to this share.
-    """
-
-    path: str
-    image_column: str = "image"
-    caption_column: str = "caption"
-    image_folder: str | None = None
-    templates: tuple[str, ...] = ("{}",)
-    max_bad_share: Share = 0.0
-
-    @model_validator(mode="after")
-    def _templates_take_a_caption(self) -> PairsConfig:
-        wrong = [template for template in self.templates if template.count("{}") != 1]
-        if wrong or not self.templates:
-            raise ValueError(f"templates must each hold one {{}}, but {wrong or 'there are none'}")
-        return self
-
-
-class ValidationConfig(Config):
-    """Held-out data, scored at the end of a run and every `every` steps.
-
-    Attributes:
-        zero_shot: pictures with class names in `caption_column`; scored by the mean over `templates`.
-        retrieval: pictures with captions; recall of the own caption and picture among all.
-        every: optimizer steps between scores; None scores only at the end.
-    """
-
-    zero_shot: PairsConfig | None = None
-    retrieval: PairsConfig | None = None
-    every: PositiveInt | None = None
-
-
-class AugmentConfig(Config):
-    """Training-time changes to pictures.
-
-    Attributes:
-        crop_area: share of the picture's area that a random crop keeps, drawn between the two.
-        aspect: width / height of the crop, log-uniform between the two.
-        brightness, contrast, saturation: factors are drawn from 1 - amount to 1 + amount.
-        hue: shift of at most this share of the colour circle.
-        flip: how often a picture is mirrored; 0 where captions speak of left and right.
-    """
-
-    crop_area: tuple[Share, Share] = (0.9, 1.0)
-    aspect: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    flip: Share = 0.0
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> AugmentConfig:
-        for name, (low, high) in (("crop_area", self.crop_area), ("aspect", self.aspect)):
-            if low > high:
-                raise ValueError(f"{name} must be a range from low to high, but is {low:g} to {high:g}")
-        return self
 
 
 class ContrastiveConfig(Config):

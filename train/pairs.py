@@ -22,7 +22,7 @@ from vlm_vision.files import is_inside
 from vlm_vision.preprocess import ImageProcessor, open_image
 from vlm_vision.text import Tokenizer
 from vlm_vision.train.augment import augment
-from vlm_vision.train.contrastive_config import AugmentConfig, PairsConfig
+from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 
 if TYPE_CHECKING:
     import datasets

@@ -9,8 +9,9 @@ from torch import Tensor
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.metrics import recall_at_k, top1_accuracy
 from vlm_vision.progress import progress_bar
-from vlm_vision.train.contrastive_config import PairsConfig, ValidationConfig
 from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.pairs_config import PairsConfig
+from vlm_vision.train.validation_config import ValidationConfig
 from vlm_vision.zero_shot import ZeroShotClassifier
 
 BATCH_SIZE = 128

@@ -15,8 +15,8 @@ from torchvision.transforms import RandomResizedCrop
 from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError
 from vlm_vision.train.augment import augment, crop_box, jitter
-from vlm_vision.train.contrastive_config import AugmentConfig, PairsConfig
 from vlm_vision.train.pairs import EpochBatches, Pairs, TrainingPairs
+from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 
 DRAWS = 6000
 

@@ -19,8 +19,8 @@ from tiny import captioned_pictures, tiny_dual_encoder
 from vlm_vision.config import load_config
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.train.contrastive_config import AugmentConfig, PairsConfig
 from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs
+from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 
 ROWS = [("0.png", "a red thing"), ("1.png", 'green, "very" green'), ("2.png", "nan"), ("3.png", "007")]
 

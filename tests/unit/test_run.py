@@ -14,7 +14,7 @@ import pytest
 
 from vlm_vision.config import load_config
 from vlm_vision.errors import VlmVisionError
-from vlm_vision.train.contrastive_config import AugmentConfig
+from vlm_vision.train.pairs_config import AugmentConfig
 from vlm_vision.train.run import PeakMemory, Run, check_finite, read_metrics, timed
 
 

@@ -15,8 +15,9 @@ from vlm_vision.errors import DataError
 from vlm_vision.metrics import recall_at_k, top1_accuracy
 from vlm_vision.preprocess import open_image
 from vlm_vision.train import validation
-from vlm_vision.train.contrastive_config import PairsConfig, ValidationConfig
+from vlm_vision.train.pairs_config import PairsConfig
 from vlm_vision.train.validation import retrieval, validate_dual_encoder, zero_shot_top1
+from vlm_vision.train.validation_config import ValidationConfig
 
 PICTURES = 11
 TEMPLATES = ("a photo of {}.", "{}", "one {} here")
