@@ -1,6 +1,6 @@
 """One rank of the contrastive checks; rank 0 writes what was found into a folder.
 
-`gradients` averages the gradients of a shared batch over the ranks, by our loss and by open_clip's;
+`gradients` averages the gradients of a shared batch over the ranks, by our losses and by open_clip's;
 `run` trains on the pictures of a folder.
 """
 
@@ -13,33 +13,82 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from open_clip.loss import ClipLoss
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_vision.train.losses import info_nce_loss
+from vlm_vision.train.losses import info_nce_loss, siglip_loss
+
+Loss = Callable[[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor], Tensor]
 
 
 class TwoTowers(nn.Module):
-    """The smallest dual encoder: one layer a side and the log of the scale, in double precision."""
+    """The smallest dual encoder: one layer a side, the log of the scale and the bias, in double precision."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text = nn.Linear(6, 5), nn.Linear(7, 5)
         self.logit_scale = nn.Parameter(torch.tensor(2.3))
+        self.logit_bias = nn.Parameter(torch.tensor(-1.5))
         self.double()
 
-    def forward(self, pictures: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pictures: Tensor, captions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image, text = self.image(pictures), self.text(captions)
-        return normalize(image, dim=-1), normalize(text, dim=-1), self.logit_scale.exp()
+        scale, bias = self.logit_scale.exp(), self.logit_bias
+        return normalize(image, dim=-1), normalize(text, dim=-1), scale, bias
 
 
-def batch(pairs: int = 12) -> tuple[Tensor, Tensor]:
+def batch(pairs: int = 12) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pictures, captions, what they say, and captions of no picture."""
     generator = torch.Generator().manual_seed(1)
-    numbers = torch.randn(pairs, 13, generator=generator, dtype=torch.float64)
-    return numbers[:, :6], numbers[:, 6:]
+    numbers = torch.randn(pairs, 20, generator=generator, dtype=torch.float64)
+    identities = torch.randint(0, 8, (pairs, 2), generator=generator)
+    return numbers[:, :6], numbers[:, 6:13], identities, numbers[:, 13:]
+
+
+def case(name: str, world: int = 1) -> Loss:
+    """A loss on the outputs of the towers, with what each of `world` ranks knows beside them."""
+
+    def loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], identities: Tensor, negatives: Tensor) -> Tensor:
+        image, text, scale, bias = outputs
+        options: dict[str, Any] = {}
+        if "tiles" in name:
+            options["tile_size"] = 2
+        if "duplicates" in name:
+            options |= {
+                "identities": identities,
+                "duplicates": "positive" if "positive" in name else "mask",
+            }
+        if "negatives" in name:
+            options["negatives"] = negatives
+        if name.startswith("siglip"):
+            return siglip_loss(image, text, scale, bias, **options)
+        if name.startswith("open_clip"):
+            theirs = (
+                ClipLoss(local_loss=True, gather_with_grad=True, rank=dist.get_rank(), world_size=world)
+                if world > 1
+                else ClipLoss()
+            )
+            return theirs(image, text, scale) + 0 * bias
+        return info_nce_loss(image, text, scale, **options) + 0 * bias
+
+    return loss
+
+
+CASES = (
+    "info_nce",
+    "info_nce tiles",
+    "info_nce tiles duplicates negatives",
+    "info_nce positive duplicates",
+    "siglip",
+    "siglip tiles",
+    "siglip tiles duplicates negatives",
+    "siglip positive duplicates",
+    "open_clip",
+)
 
 
 def run_config(data: str) -> Any:
@@ -62,32 +111,31 @@ def run_config(data: str) -> Any:
     return load_config(ContrastiveConfig, tree)
 
 
-def gradients(loss_function: Callable[..., Tensor]) -> dict[str, Tensor]:
+def gradients(name: str) -> dict[str, Tensor]:
     """Mean loss and gradients over ranks, each of which sees its share of the batch."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    is_split = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_split else (0, 1)
     model = TwoTowers()
-    parallel = DistributedDataParallel(model)
-    loss = loss_function(*parallel(*(side.chunk(world)[rank] for side in batch())))
+    parallel = DistributedDataParallel(model) if is_split else model
+    pictures, captions, identities, others = (part.chunk(world)[rank] for part in batch())
+    negatives = normalize(model.text(others), dim=-1).detach()
+    loss = case(name, world)(parallel(pictures, captions), identities, negatives)
     loss.backward()
     mean_loss = loss.detach() / world
-    dist.all_reduce(mean_loss)
+    if is_split:
+        dist.all_reduce(mean_loss)
     return {"loss": mean_loss, **{name: parameter.grad for name, parameter in model.named_parameters()}}
 
 
 def main(task: str, data: str, output: Path) -> None:
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = {"ours": gradients(info_nce_loss)}
+    is_main = dist.get_rank() == 0
+    found = {name: gradients(name) for name in CASES}
     if task == "run":
-        from open_clip.loss import ClipLoss
-
-        found["open_clip"] = gradients(
-            ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-        )
         from vlm_vision.train.contrastive import train_contrastive
 
         train_contrastive(run_config(data), output / "run")
-    if rank == 0:
+    if is_main:
         for name, tensors in found.items():
             save_file(tensors, output / f"{name}.safetensors")
 
