@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import embedding
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from vlm_vision.adapters.lora import add_lora, check_lora_gradients, merge_lora
 from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
-from vlm_vision.errors import ConfigError, DataError, require
+from vlm_vision.errors import ConfigError, DataError, nearest, require
+from vlm_vision.metrics import peak_memory
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
-from vlm_vision.train.contrastive_config import ContrastiveConfig
-from vlm_vision.train.losses import info_nce_loss
-from vlm_vision.train.optim import (
-    apply_rules,
-    parameter_groups,
-    trainable_summary,
-    warmup_cosine,
-    warmup_steps,
-)
-from vlm_vision.train.pairs import EpochBatches, Pairs, TrainingPairs, write_bad_list
-from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
+from vlm_vision.train.contrastive_config import ContrastiveConfig, LossConfig
+from vlm_vision.train.depth import changes_patches, last_blocks
+from vlm_vision.train.learner import Learner
+from vlm_vision.train.objective import Objective
+from vlm_vision.train.optim import apply_rules, trainable_summary
+from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
+from vlm_vision.train.parallel import join_ranks, leave_ranks
+from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
-from vlm_vision.train.run import Run, check_finite, prepare_process
+from vlm_vision.train.run import Run, prepare_process
 from vlm_vision.train.validation import validate_dual_encoder
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP, arXiv:2103.00020, section 2.5
+TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
 
 def train_contrastive(
@@ -45,7 +41,8 @@ def train_contrastive(
     """Train a dual encoder on pictures with captions and save it as `output/model`.
 
     Args:
-        output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine.
+        output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine. Saved
+            on the way: `best`, by the config's `best_by`; at the end: `model`, `model_ema`, `report.html`.
 
     Returns:
         The last validation scores, or the last loss where nothing is validated.
@@ -54,183 +51,278 @@ def train_contrastive(
         ConfigError: rules that name nothing, or a batch that does not fit the data.
         DataError: data that cannot be read.
         VlmVisionError: a loss that is not finite.
+        SystemExit: SIGTERM came, and a checkpoint is saved.
     """
     require("train", "datasets", "matplotlib", "peft", "tensorboard")
     prepare_process(config.seed)
-    rank, world, device = _join_ranks()
+    rank, world, device = join_ranks()
     found = find_checkpoint(Path(output) / "checkpoints", resume)
     start = found[0] if found else 0
     if (Path(output) / "model").exists():
         raise DataError(f"{output} already holds a trained model: give another output folder")
 
-    model = load_dual_encoder(
-        config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
-    )
     pairs = Pairs(config.data)
     for held_out in (config.validation.zero_shot, config.validation.retrieval):
         if held_out:
             Pairs(held_out)  # what is wrong with it shows now, not when training is done
-    rules, lr = _prepare_learning(model, pairs, config, quiet=rank != 0)
-    model.to(device)
-    if found:
-        _load_learnt(model, found[1])
-
+    prepared = prepare_model(config, pairs.num_pairs)
     total_steps = config.total_steps(len(pairs))
     if start >= total_steps:
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
-    loader = _loader(model, pairs, config, start, total_steps, rank, world)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, rules, lr=lr, weight_decay=config.weight_decay),
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
+    if rank == 0:
+        prepared.tell(config, pairs)
+    objective = Objective(prepared.model, effective_loss(config))
+    batches = _batches(prepared.model, pairs, config, start, total_steps, rank, world)
+    learner = Learner(
+        objective,
+        config,
+        prepared.rules,
+        prepared.lr,
+        total_steps=total_steps,
+        rank=rank,
+        world=world,
+        device=device,
     )
-    schedule = warmup_cosine(optimizer, total_steps, warmup_steps(total_steps, config.warmup))
     if found:
-        optimizer.load_state_dict(
-            torch.load(found[1] / "optimizer.pt", map_location=device, weights_only=True)
-        )
-        schedule.load_state_dict(json.loads((found[1] / "schedule.json").read_text(encoding="utf-8")))
+        learner.load(found[1])
 
     run = Run(output, config, resume_step=start)
-    parallel: nn.Module = DistributedDataParallel(model) if world > 1 else model
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scores: dict[str, float] = {}
+    scores = _train(learner, batches, run, pairs, start)
+    state = learner.state()
+    del objective, learner
+    finished = {"model": state["learnt"], "model_ema": state.get("average", {})}
+    for name, learnt in finished.items():
+        if not learnt:
+            continue
+        model = prepare_model(config, pairs.num_pairs).model
+        merge_lora(_with_learnt(model, learnt)).eval()
+        if run.is_main:
+            model.save_pretrained(run.folder / name)
+        model.to(device)
+        if run.is_main:
+            found_scores = validate_dual_encoder(model, config.validation)
+            prefix = "" if name == "model" else f"{name}_"
+            scores |= {f"{prefix}{key}": value for key, value in found_scores.items()}
+            run.log(total_steps, **{f"{prefix}{key}": value for key, value in found_scores.items()})
+    run.close()
+    leave_ranks(world)
+    return scores
+
+
+def _train(
+    learner: Learner, batches: Iterator[Batch | DataError], run: Run, pairs: Pairs, start: int
+) -> dict[str, float]:
+    """Every step from `start` on; gives the last loss where nothing is validated."""
+    config, model, total_steps = learner.config, learner.objective.model, learner.total_steps
     bad = BadPictures(run.folder / "bad_samples.jsonl", pairs)
-    seen = truncated = 0
-    _train_mode(model)
-    with run.progress(total_steps, "contrastive", start=start) as bar:
-        for step, batch in enumerate(loader, start=start + 1):
+    meter, best = _Meter(config.batch_size), -math.inf
+    learner.train_mode()
+    last_save = time.monotonic()
+    with Terminated() as terminated, run.progress(total_steps, "contrastive", start=start) as bar:
+        for step, batch in enumerate(batches, start=start + 1):
             if isinstance(batch, DataError):
                 raise batch
+            meter.waited()
             bad.note(batch.bad)
-            seen, truncated = seen + len(batch.captions), truncated + batch.truncated
-            # Dropout draws from here; seeding by step makes a resumed run draw the same.
-            torch.manual_seed(config.seed * 1_000_003 + step * world + rank)
-            pixels = model.image_processor.normalise(batch.squares).to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                image, distinct, logit_scale = parallel(pixels, batch.tokens.to(device, non_blocking=True))
-            # A caption that repeats is encoded once; its embedding's gradients are summed in fp32.
-            captions = batch.captions.to(device)
-            image, text = image.float(), embedding(captions, distinct.float())
-            loss = info_nce_loss(image, text, logit_scale)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            grad_norm = nn.utils.clip_grad_norm_(learning, config.grad_clip)
+            is_due = config.save_minutes is not None and run.is_main
+            is_due = is_due and time.monotonic() - last_save > 60 * (config.save_minutes or 0)
+            used_lr = learner.schedule.get_last_lr()[0]
+            result = learner.step(batch, step, asks=(float(terminated.is_set), float(is_due)))
             if step == start + 1:
                 check_lora_gradients(model)
-            mean_loss = _mean_over_ranks(loss.detach(), world)
-            check_finite(float(mean_loss), float(grad_norm), step)
-            optimizer.step()
-            used_lr = schedule.get_last_lr()[0]
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            meter.note(batch, result.skipped)
             bar.update()
             if step % config.log_every == 0 or step == total_steps:
-                bar.set_postfix(loss=f"{float(mean_loss):.3f}", refresh=False)
+                bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
                 run.log(
                     step,
-                    loss=float(mean_loss),
-                    grad_norm=float(grad_norm),
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    **{f"grad_norm_{part}": norm for part, norm in result.part_norms.items()},
                     lr=float(used_lr),
-                    logit_scale=model.logit_scale.exp().item(),
-                    accuracy=_batch_accuracy(image, distinct, captions),
-                    truncated_captions=truncated / seen,
+                    logit_scale=result.logit_scale,
+                    accuracy=result.accuracy,
+                    **meter.rates(),
                 )
-            if config.save_every and step % config.save_every == 0 and step < total_steps and run.is_main:
-                save_checkpoint(
-                    run.checkpoints, step, lambda folder: _write(folder, model, optimizer, schedule)
-                )
+            must_stop, must_save = (bool(asked) for asked in result.asks)
+            is_last = step == total_steps
+            must_save |= config.save_every is not None and step % config.save_every == 0
+            if (must_save or must_stop) and not is_last:
+                _save(learner, run, step)
+                last_save = time.monotonic()
+            if must_stop and not is_last:
+                run.close()
+                leave_ranks(learner.world)
+                if run.is_main:
+                    print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
+                raise SystemExit(TERMINATED)
             every = config.validation.every
-            if run.is_main and every and step % every == 0 and step < total_steps:
-                run.log(step, **validate_dual_encoder(model, config.validation))
-                _train_mode(model)
-    if truncated and run.is_main:
+            if every and step % every == 0 and not is_last:
+                with learner.parallel.gathered():
+                    if run.is_main:
+                        scores = validate_dual_encoder(model, config.validation)
+                        run.log(step, **scores)
+                        best = _keep_best(model, scores, best, config, run)
+                learner.train_mode()
+            meter.start()
+    if meter.truncated and run.is_main:
         print(
-            f"{truncated:,} of {seen:,} captions were longer than the text tower's "
+            f"{meter.truncated:,} of {meter.seen:,} captions were longer than the text tower's "
             f"{model.tokenizer.context_length} tokens and lost their end"
         )
-    merge_lora(model)
-    model.eval()
+    return {} if config.validation.zero_shot or config.validation.retrieval else {"loss": result.loss}
+
+
+def _save(learner: Learner, run: Run, step: int) -> None:
+    # Where parameters are split, every rank gives its part.
+    state = learner.state() if run.is_main or learner.config.parallel == "fsdp" else {}
     if run.is_main:
-        model.save_pretrained(run.folder / "model")
-        scores = validate_dual_encoder(model, config.validation)
-        run.log(total_steps, **scores)
-    run.close()
-    _leave_ranks(world)
-    return scores or {"loss": float(mean_loss)}
+        keep = learner.config.keep_checkpoints
+        save_checkpoint(run.checkpoints, step, lambda folder: learner.write(state, folder), keep=keep)
 
 
-def _prepare_learning(
-    model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, *, quiet: bool
-) -> tuple[Sequence[Rule], float]:
-    """Choose the recipe, put adapters in, set who learns, and say so."""
+def _keep_best(
+    model: DualEncoder, scores: Mapping[str, float], best: float, config: ContrastiveConfig, run: Run
+) -> float:
+    """Save the model if its score is the best yet; gives the best score."""
+    if config.best_by is None:
+        return best
+    if config.best_by not in scores:
+        raise ConfigError(
+            f"best_by {config.best_by!r} is no score of this validation{nearest(config.best_by, scores)} "
+            f"(scores: {', '.join(scores)})"
+        )
+    if scores[config.best_by] <= best:
+        return best
+    merged = prepare_model(config, 0).model
+    learnt = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    merge_lora(_with_learnt(merged, learnt)).save_pretrained(run.folder / "best")
+    return scores[config.best_by]
+
+
+# --- What learns
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its adapters in, and who of it learns."""
+
+    model: DualEncoder
+    rules: Sequence[Rule]
+    lr: float
+    recipe: str
+    reason: str
+
+    def tell(self, config: ContrastiveConfig, pairs: Pairs) -> None:
+        """Print what learns and why, and what that means for a VLM."""
+        source = "" if config.lr else f" ({RECIPES[self.recipe].source})"
+        print(f"recipe {self.recipe!r}: {self.reason}; peak learning rate {self.lr:g}{source}")
+        if pairs.dropped:
+            print(f"{pairs.dropped} row(s) without a caption were left out")
+        for part, (count, total) in trainable_summary(self.model).items():
+            print(f"  {part}: {count:,} of {total:,} parameters learn")
+        if not changes_patches(self.model):
+            print(
+                "  the layers whose patch features a VLM reads are frozen, so these stay as they are; to adapt "
+                "them use --for-vlm"
+            )
+
+
+def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
+    """Load the model a run starts from, choose the recipe, put adapters in and set who learns.
+
+    The same config gives the same model each time, random weights included.
+
+    Raises:
+        ConfigError: a recipe or rules that do not fit the model, or leave patch features for a VLM as they are.
+    """
+    torch.manual_seed(config.seed)
+    source = config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
+    model = load_dual_encoder(source)
+    recipe, reason = choose_recipe(config.recipe, num_pairs, for_vlm=config.for_vlm)
+    _set_temperature(model, config, recipe)
     names = [name for name, _ in model.named_parameters()]
-    recipe, reason = choose_recipe(config.recipe, pairs.num_pairs)
-    row = RECIPES[recipe]
-    rules = config.rules or applicable_rules(row.rules, names)
-    lr = config.lr or row.lr
+    rules = config.rules or recipe_rules(recipe, config, names, last_blocks(model, config.last_n))
     targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
     if targets:
         add_lora(model, targets, config.lora)
     apply_rules(model, rules)
-    if quiet:
-        return rules, lr
-    print(
-        f"recipe {recipe!r}: {reason}; peak learning rate {lr:g}" + ("" if config.lr else f" ({row.source})")
-    )
-    if pairs.dropped:
-        print(f"{pairs.dropped} row(s) without a caption were left out")
-    for part, (count, total) in trainable_summary(model).items():
-        print(f"  {part}: {count:,} of {total:,} parameters learn")
-    if not config.rules and not row.changes_patches:
-        print("  the vision layers are frozen, so the patch features that a VLM reads stay as they are")
-    return rules, lr
+    if config.for_vlm and not changes_patches(model):
+        raise ConfigError(
+            f"for_vlm: with recipe {recipe!r} nothing learns that the patch features of layer "
+            f"{model.config.layer or 'default'} depend on; raise last_n, or use lora or full"
+        )
+    return Prepared(model, rules, config.lr or RECIPES[recipe].lr, recipe, reason)
 
 
-def _loader(
+def effective_loss(config: ContrastiveConfig) -> LossConfig:
+    """The loss of a run: for a VLM, patch features learn from texts too, unless the config says otherwise."""
+    if config.for_vlm and "patch_weight" not in config.loss.model_fields_set:
+        return config.loss.model_copy(update={"patch_weight": 1.0})
+    return config.loss
+
+
+def _set_temperature(model: DualEncoder, config: ContrastiveConfig, recipe: str) -> None:
+    temperature = config.temperature
+    with torch.no_grad():
+        if temperature.init is not None:
+            model.logit_scale.fill_(math.log(temperature.init))
+        if config.loss.name != "siglip":
+            return
+        bias = temperature.bias_init
+        if bias is None and (model.logit_bias is None or recipe == "scratch"):
+            bias = -math.log(max(2, config.batch_size) - 1)
+        if model.logit_bias is None:
+            model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
+        if bias is not None:
+            model.logit_bias.fill_(bias)
+
+
+def _with_learnt(model: DualEncoder, learnt: Mapping[str, Tensor]) -> DualEncoder:
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in learnt.items():
+            targets[name].copy_(tensor)
+    return model
+
+
+# --- What comes in
+
+
+def _batches(
     model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, start: int, stop: int, rank: int, world: int
-) -> DataLoader[Any]:
+) -> Iterator[Batch | DataError]:
+    """This rank's share of every batch, with pictures to be kept beside it where the config replays any."""
+    from torch.utils.data import DataLoader
+
     dataset = TrainingPairs(pairs, model.image_processor, model.tokenizer, config.augment, config.seed)
     sampler = EpochBatches(len(pairs), config.batch_size, config.seed, start, stop, rank, world)
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=_as_is,
+        collate_fn=lambda batch: batch,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _train_mode(model: DualEncoder) -> None:
-    """Modules of which no weight learns stay in eval mode: no dropout, no moving batch statistics."""
-    model.train()
-    for module in model.modules():
-        weights = list(module.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            module.eval()
+    return iter(loader)
 
 
 class BadPictures:
-    """Pictures that were replaced, listed once each in a file, up to the share that the config allows."""
+    """Pictures that could not be read: each is listed once, in `path`, and bounded by the config's share."""
 
     def __init__(self, path: Path, pairs: Pairs) -> None:
-        self.path, self.listed = path, set[str]()
+        self.path = path
         self.allowed = pairs.config.max_bad_share * len(pairs)
+        self.listed: set[str] = set()
 
     def note(self, errors: Sequence[str]) -> None:
-        """Add what a batch replaced.
+        """Add the errors of a batch.
 
         Raises:
-            DataError: more than `max_bad_share` of all pictures cannot be read.
+            DataError: more pictures than the config allows.
         """
-        new = sorted(set(errors) - self.listed)
+        new = [error for error in dict.fromkeys(errors) if error not in self.listed]
         if not new:
             return
         write_bad_list(self.path, new)
@@ -242,58 +334,77 @@ class BadPictures:
             )
 
 
-def _batch_accuracy(image: Tensor, distinct: Tensor, captions: Tensor) -> float:
-    """Share of this rank's pictures whose own caption is the nearest of this rank's distinct ones."""
-    nearest = (image.detach() @ distinct.detach().float().T).argmax(dim=1)
-    return float((nearest == captions).float().mean())
+# --- What is told
 
 
-def _learnt(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What differs from the weights a run started from: parameters that learn, and buffers."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter.detach()
-    buffers = dict(model.named_buffers())
-    yield from ((name, buffers[name]) for name in model.state_dict().keys() & buffers.keys())
+class _Meter:
+    """Counts and times between two lines of the log."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.seen = self.truncated = self.skipped = 0
+        self._duplicates = self._steps = self._pairs = 0
+        self._waited = 0.0
+        self._since = self._start = time.monotonic()
+
+    def start(self) -> None:
+        """A step is over: from here on the loop waits for data."""
+        self._start = time.monotonic()
+
+    def waited(self) -> None:
+        self._waited += time.monotonic() - self._start
+
+    def note(self, batch: Batch, skipped: bool) -> None:
+        self._steps += 1
+        self._pairs += len(batch.captions)
+        self.seen += len(batch.captions)
+        self.truncated += batch.truncated
+        self.skipped += skipped
+        self._duplicates += count_duplicates(batch.identities)
+
+    def rates(self) -> dict[str, float]:
+        """Since the last line: pairs a second over all ranks, share of the time spent waiting for data, pairs
+        that say what another of this rank's batch says; and over the run: memory, captions cut, steps skipped.
+        """
+        passed = max(1e-9, time.monotonic() - self._since)
+        rates = {
+            "samples_per_second": self._steps * self._batch_size / passed,
+            "data_wait": self._waited / passed,
+            "duplicates": self._duplicates / max(1, self._pairs),
+            "truncated_captions": self.truncated / max(1, self.seen),
+            "memory_mb": peak_memory(),
+            "skipped_steps": float(self.skipped),
+        }
+        self._duplicates = self._steps = self._pairs = 0
+        self._waited, self._since = 0.0, time.monotonic()
+        return rates
 
 
-def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in _learnt(model)}, folder / "learnt.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    (folder / "schedule.json").write_text(json.dumps(schedule.state_dict()), encoding="utf-8")
+def count_duplicates(identities: Tensor) -> int:
+    """Pairs that agree with another in any column: the same caption, or the same picture."""
+    is_duplicate = torch.zeros(len(identities), dtype=torch.bool)
+    for column in identities.T:
+        _, which, counts = column.unique(return_inverse=True, return_counts=True)
+        is_duplicate |= counts[which] > 1
+    return int(is_duplicate.sum())
 
 
-def _load_learnt(model: nn.Module, folder: Path) -> None:
-    state, wanted = load_file(folder / "learnt.safetensors"), dict(_learnt(model))
-    if state.keys() != wanted.keys():
-        raise ConfigError(
-            f"{folder}: other parameters learnt there than in this config; start a new run instead"
-        )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(state[name])
+class Terminated:
+    """Notes SIGTERM, by which schedulers announce that a job's time is over, instead of dying of it.
 
+    Attributes:
+        is_set: whether it came.
+    """
 
-def _join_ranks() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; joins the group that torchrun describes, if any."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    def __init__(self) -> None:
+        self.is_set = False
 
+    def __enter__(self) -> Terminated:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
 
-def _leave_ranks(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
-
-def _mean_over_ranks(value: Tensor, world: int) -> Tensor:
-    if world > 1:
-        dist.all_reduce(value)
-        value /= world
-    return value
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import softplus
+from torch.distributed.nn.functional import all_gather
+from torch.nn.functional import cross_entropy, softplus
+from torch.utils.checkpoint import checkpoint
 
 Duplicates = Literal["mask", "positive"]
 
@@ -81,6 +83,58 @@ def siglip_loss(
         image, columns, logit_scale, logit_bias, _Shape(len(text), tile_size, group, identities, duplicates)
     )
     return loss
+
+
+def distill_loss(
+    image: Float[Tensor, "b e"],
+    text: Float[Tensor, "b e"],
+    logit_scale: Float[Tensor, ""],
+    teacher_image: Float[Tensor, "b f"],
+    teacher_text: Float[Tensor, "b f"],
+    teacher_scale: Float[Tensor, ""],
+    *,
+    tile_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of a student's softmax over the batch with its teacher's; mean of both directions.
+
+    Equals the distillation term of `open_clip.loss.DistillClipLoss`. Gradients averaged over ranks are the
+    full batch's. `tile_size` rows meet all columns at once.
+    """
+    size = tile_size or len(image)
+    total = image.new_zeros(())
+    for rows, columns, their_rows, their_columns in (
+        (image, text, teacher_image, teacher_text),
+        (text, image, teacher_text, teacher_image),
+    ):
+        columns, their_columns = _gather(columns, group), _gather(their_columns, group)
+        for first in range(0, len(rows), size):
+            tile = slice(first, first + size)
+            total = total + checkpoint(
+                _distilled,
+                *(rows[tile], columns, logit_scale, their_rows[tile], their_columns, teacher_scale),
+                use_reentrant=False,
+            )
+    return total / (2 * len(image))
+
+
+def _distilled(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    their_rows: Tensor,
+    their_columns: Tensor,
+    their_scale: Tensor,
+) -> Tensor:
+    targets = (their_scale * their_rows @ their_columns.T).softmax(dim=1)
+    return cross_entropy(scale * rows @ columns.T, targets, reduction="sum")
+
+
+def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows of all ranks; backward sums what every rank's loss says of a row."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return rows
+    return torch.cat(all_gather(rows.contiguous(), group or dist.group.WORLD))
 
 
 class _Shape:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_vision.errors import ConfigError
+from vlm_vision.errors import ConfigError, require
 from vlm_vision.train.rules import Rule, base_name, check_rules, matching_rule
 
 
@@ -29,11 +29,21 @@ def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
 
 
 def parameter_groups(
-    model: nn.Module, rules: Sequence[Rule], *, lr: float, weight_decay: float
+    model: nn.Module,
+    rules: Sequence[Rule],
+    *,
+    lr: float,
+    weight_decay: float,
+    depths: Mapping[str, int] | None = None,
+    layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that learn, one per (learning rate, weight decay).
 
     Gains, biases and scalars (ndim < 2) take no decay, as open_clip does (`open_clip_train/main.py`).
+
+    Args:
+        depths: of parameters, by their name without adapters; the rate is multiplied by `layer_decay` to this
+            power.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -44,9 +54,28 @@ def parameter_groups(
         decay = weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
         if parameter.ndim < 2:
             decay = 0.0
+        if depths is not None:
+            group_lr *= layer_decay ** depths[base_name(name)]
         group = groups.setdefault((group_lr, decay), {"params": [], "lr": group_lr, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101): torch's fused one, or bitsandbytes' with moments of 8 bits.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    if name == "adamw_8bit":
+        require("align", "bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=betas, eps=eps)
+        return optimizer
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def warmup_steps(total_steps: int, warmup: int = 200, share: float = 0.1) -> int:

@@ -158,6 +158,10 @@ class TrainingPairs(Dataset[Any]):
             captions=torch.tensor(which),
             bad=bad,
             truncated=sum(is_truncated[number] for number in which),
+            indices=torch.tensor([index for _, index in keys]),
+            names=[self.pairs.name(index) for _, index in keys],
+            texts=texts,
+            identities=torch.stack([torch.tensor(which), torch.tensor([i for _, i in keys])], 1),
         )
 
     def _open(self, index: int, bad: list[str]) -> tuple[Image.Image, int]:
@@ -189,6 +193,30 @@ class Batch:
     captions: Int[Tensor, " b"]
     bad: list[str]
     truncated: int
+    indices: Any = None
+    names: Any = None
+    texts: Any = None
+    identities: Any = None
+    negatives: Any = None
+    replay: Any = None
+
+    @property
+    def num_captions(self) -> int:
+        return len(self.tokens)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the pairs, with their distinct captions."""
+        kept, captions = self.captions[rows].unique(return_inverse=True)
+        return replace(
+            self,
+            squares=self.squares[rows],
+            tokens=self.tokens[kept],
+            captions=captions,
+            indices=self.indices[rows],
+            names=self.names[rows],
+            texts=self.texts[rows],
+            identities=self.identities[rows],
+        )
 
     def pin_memory(self) -> Batch:
         return replace(

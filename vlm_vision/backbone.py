@@ -123,6 +123,20 @@ class Backbone(nn.Module, ABC):
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Output of the whole backbone with its head, not normalised."""
 
+    def forward_with_pooled(
+        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
+    ) -> tuple[list[Float[Tensor, "b tokens d"]], Float[Tensor, "b e"]]:
+        """`forward_layers` and `pooled` of the same pixels.
+
+        A backbone whose head takes the output of its last layer runs its layers once for both.
+        """
+        return self.forward_layers(pixels, layers), self.pooled(pixels)
+
+    def drop_patches(self, share: float) -> None:
+        """Leave out this share of the patches in training, others each time (FLIP, arXiv:2212.00794)."""
+        if share:
+            raise ConfigError(f"{type(self).__name__} does not offer patch dropout")
+
     @abstractmethod
     def truncate(self, layer: int) -> None:
         """Free every parameter past `layer`, the head included."""

@@ -198,6 +198,21 @@ class VisionTower(nn.Module):
         with attention_kernel(self.config.attention):
             return self.backbone.pooled(self.check_pixels(pixels, interpolate)).to(self.device)
 
+    def features_with_pooled(
+        self, pixels: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b e"]]:
+        """What `forward` and `pooled` give, for the cost of one where the backbone can.
+
+        Raises:
+            ConfigError: as `forward` and `pooled`.
+        """
+        if not self.config.keeps_head or self.config.select == "pooled":
+            raise ConfigError("features beside the pooled embedding take select='patch' and pooled_head=True")
+        ascending = sorted(self.layers)
+        with attention_kernel(self.config.attention):
+            outputs, embedding = self.backbone.forward_with_pooled(self.check_pixels(pixels, False), ascending)
+        return self._selected(dict(zip(ascending, outputs, strict=True))), embedding.to(self.device)
+
     def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
         if self.config.select == "pooled":
             return self.backbone.pooled(batch)[:, None].to(self.device)

@@ -18,6 +18,7 @@ import open_clip
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from open_clip.transformer import PatchDropout
 from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -169,8 +170,19 @@ class VitBackbone(_NativeBackbone):
         )
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        embedding: Tensor = self.visual._pool(self.forward_layers(pixels, [self.info.num_layers])[0])[0]
-        return embedding if self.visual.proj is None else embedding @ self.visual.proj
+        return self.forward_with_pooled(pixels, [])[1]
+
+    def forward_with_pooled(
+        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
+    ) -> tuple[list[Float[Tensor, "b tokens d"]], Float[Tensor, "b e"]]:
+        outputs = self.forward_layers(pixels, sorted({*layers, self.info.num_layers}))
+        embedding: Tensor = self.visual._pool(outputs[-1])[0]
+        if self.visual.proj is not None:
+            embedding = embedding @ self.visual.proj
+        return outputs[: len(layers)], embedding
+
+    def drop_patches(self, share: float) -> None:
+        self.visual.patch_dropout = PatchDropout(share) if share else nn.Identity()
 
     def _embed(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b tokens d"]:
         visual = self.visual

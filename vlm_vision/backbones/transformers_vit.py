@@ -131,8 +131,14 @@ class VitBackbone(LibraryBackbone):
         return self._run_blocks(self._embed(pixels), layers, **self._block_inputs(pixels))
 
     def pooled(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        tokens: Tensor = self.norm(self.forward_layers(pixels, [self.info.num_layers])[0])
-        return tokens[:, 0] if self.head is None else self.head(tokens)
+        return self.forward_with_pooled(pixels, [])[1]
+
+    def forward_with_pooled(
+        self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
+    ) -> tuple[list[Float[Tensor, "b tokens d"]], Float[Tensor, "b e"]]:
+        outputs = self.forward_layers(pixels, sorted({*layers, self.info.num_layers}))
+        tokens: Tensor = self.norm(outputs[-1])
+        return outputs[: len(layers)], tokens[:, 0] if self.head is None else self.head(tokens)
 
     def truncate(self, layer: int) -> None:
         self.blocks = self.blocks[:layer]
