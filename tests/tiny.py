@@ -159,3 +159,18 @@ def captioned_pictures(folder: Path, count: int = 16) -> Path:
         lines.append(f"{number}.png,a {name} picture")
     (folder / "train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "train.csv"
+
+
+def clip_tokenizer_files(folder: Path) -> None:
+    """A CLIP tokenizer of bytes and six merges, as transformers saves it: 520 ids, the last two its marks."""
+    from transformers import CLIPTokenizer
+
+    letters = list(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("c", "a"), ("ca", "t"), ("r", "e"), ("re", "d</w>"), ("t", "w"), ("tw", "o</w>")]
+    tokens = [*sorted(letters), *(f"{letter}</w>" for letter in sorted(letters)), *map("".join, pairs)]
+    vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = "\n".join(" ".join(pair) for pair in pairs)
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    CLIPTokenizer.from_pretrained(folder, model_max_length=16).save_pretrained(folder)

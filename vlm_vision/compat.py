@@ -93,6 +93,11 @@ def clip_vision_trunk(model: Any) -> Any:
     return getattr(model, "vision_model", model)
 
 
+def clip_text_trunk(model: Any) -> Any:
+    """The module that holds the embeddings, encoder and norm of CLIP's or SigLIP's text: as for pictures."""
+    return getattr(model, "text_model", model)
+
+
 def config_fields(config: Any) -> dict[str, Any]:
     """A transformers config as plain fields, in one order: 4.37 lists them in the order they were set in."""
     return dict(sorted(config.to_dict().items()))

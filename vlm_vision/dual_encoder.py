@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower import (
     DUAL_ENCODER_TYPE,
+    TOKENIZER_FOLDER,
     VisionTower,
     describe_tower,
     read_folder,
@@ -24,7 +26,7 @@ from vlm_vision.tower import (
     saved_folder,
     tower_config,
 )
-from vlm_vision.tower_config import TowerConfig
+from vlm_vision.tower_config import BackboneConfig, TowerConfig
 from vlm_vision.weights import fingerprint, load_strict, without_init
 
 
@@ -32,20 +34,29 @@ class DualEncoder(nn.Module):
     """A vision tower with its pooled head beside the text tower it was trained with.
 
     Attributes:
-        tower: gives patch features as ever, and image embeddings through `tower.pooled`.
+        tower: gives patch features as ever, and through `tower.pooled` what image embeddings are made of.
+        image_projection: from there to image embeddings, in models of transformers that have one; open_clip's
+            have it in their towers.
         text: token ids [B,T] to embeddings [B,E].
         logit_scale: log of the factor on cosine similarities (CLIP, arXiv:2103.00020, section 2.5).
+        logit_bias: what is added to them then (SigLIP, arXiv:2303.15343, section 3.2); None in a CLIP.
         tokenizer: captions to token ids.
     """
+
+    logit_bias: nn.Parameter | None
 
     def __init__(self, tower: VisionTower, text: TextSide) -> None:
         super().__init__()
         if not tower.config.pooled_head:
             raise ConfigError("a dual encoder needs a tower with pooled_head=True")
         self.tower = tower
+        self.image_projection = text.image_projection and text.image_projection.to(tower.dtype)
         self.text = text.encoder.to(tower.dtype)
         self.tokenizer: Tokenizer = text.tokenizer
         self.logit_scale = nn.Parameter(torch.tensor(text.logit_scale))
+        bias = None if text.logit_bias is None else nn.Parameter(torch.tensor(text.logit_bias))
+        self.register_parameter("logit_bias", bias)
+        self._fields = text.fields
 
     @property
     def config(self) -> TowerConfig:
@@ -57,7 +68,8 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Unit-length image embeddings."""
-        return normalize(self.tower.pooled(pixels), dim=-1)
+        pooled = self.tower.pooled(pixels)
+        return normalize(pooled if self.image_projection is None else self.image_projection(pooled), dim=-1)
 
     def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b e"]:
         """Unit-length text embeddings."""
@@ -73,11 +85,18 @@ class DualEncoder(nn.Module):
         """What tells this model's embeddings from another's: a hash of its weights and its preprocessing."""
         return fingerprint(self, repr(self.image_processor.config))
 
+    def portable_config(self) -> BackboneConfig:
+        """The config of both sides, complete enough to build them again with the tokenizer's files alone."""
+        return self.tower.backbone.portable_config().model_copy(update=self._fields)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` reads, and `VisionTower.from_pretrained` too."""
-        portable = self.config.model_copy(update={"backbone": self.tower.backbone.portable_config()})
+        """Write a folder that `from_pretrained` reads, and `VisionTower.from_pretrained` too.
+
+        The files of a tokenizer that does not come with its library lie in `tokenizer/`.
+        """
+        portable = self.config.model_copy(update={"backbone": self.portable_config()})
         content = {"model_type": DUAL_ENCODER_TYPE, "tower": portable.model_dump(mode="json")}
-        save_folder(folder, content, self.state_dict(), self.image_processor)
+        save_folder(folder, content, self.state_dict(), self.image_processor, self.tokenizer)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> DualEncoder:
@@ -91,7 +110,9 @@ class DualEncoder(nn.Module):
         config, state = read_folder(folder, DUAL_ENCODER_TYPE)
         with without_init():
             backbone = config.backbone.build(load_weights=False)
-            text = config.backbone.build_text(load_weights=False)
+            text = _with_tokenizer(config.backbone, folder).build_text(load_weights=False)
+        # Folders of a SigLIP from before biases were kept have none, and a CLIP may have been given one.
+        text = replace(text, logit_bias=0.0 if "logit_bias" in state else None)
         model = cls(VisionTower(config, backbone), text)
         load_strict(model, state, str(folder))
         return model.eval()
@@ -101,8 +122,8 @@ def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) 
     """Load a dual encoder, in evaluation mode, from any source that `load_tower` takes.
 
     Args:
-        source: `open_clip:model@weights`, a YAML file, a folder that `DualEncoder.save_pretrained` wrote,
-            or a mapping.
+        source: `open_clip:model@weights`, `transformers:hub id or folder` of a CLIP, SigLIP or SigLIP2, a
+            YAML file, a folder that `DualEncoder.save_pretrained` wrote, or a mapping.
         overrides: fields of `TowerConfig`.
 
     Raises:
@@ -125,6 +146,14 @@ def describe_dual_encoder(source: str | Path | Mapping[str, Any]) -> DualEncoder
     Raises:
         ConfigError: the source or a field is not known, or has no text tower.
     """
-    tower = describe_tower(source, pooled_head=True)
+    tower, folder = describe_tower(source, pooled_head=True), saved_folder(source)
+    config = tower.config.backbone
     with torch.device("meta"):
-        return DualEncoder(tower, tower.config.backbone.build_text(load_weights=False)).eval()
+        text = (config if folder is None else _with_tokenizer(config, folder)).build_text(load_weights=False)
+        return DualEncoder(tower, text).eval()
+
+
+def _with_tokenizer(config: BackboneConfig, folder: Path) -> BackboneConfig:
+    """A saved config whose tokenizer's files are those that were saved with it, if there are any."""
+    files = folder / TOKENIZER_FOLDER
+    return config.model_copy(update={"tokenizer": str(files)}) if files.is_dir() else config

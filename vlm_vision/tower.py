@@ -20,10 +20,11 @@ from vlm_vision.errors import ConfigError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import ImageProcessor
+from vlm_vision.text import Tokenizer
 from vlm_vision.tower_config import BACKBONES, TowerConfig, list_source
 from vlm_vision.weights import check_whole, load_strict, read_state_dict, without_init
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "config.json", "model.safetensors", "tokenizer"
 MODEL_TYPE = "vlm_vision_tower"
 DUAL_ENCODER_TYPE = "vlm_vision_dual_encoder"
 
@@ -440,7 +441,11 @@ def saved_folder(source: object) -> Path | None:
 
 
 def save_folder(
-    folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], processor: ImageProcessor
+    folder: str | Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    processor: ImageProcessor,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model folder, complete or absent.
 
@@ -453,6 +458,8 @@ def save_folder(
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, partial / WEIGHTS_FILE, {"format": "pt"})
         processor.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
 
 
 def resolve_folder(source: str | Path) -> Path:
@@ -467,7 +474,9 @@ def resolve_folder(source: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
         )
     except Exception as error:
         raise ConfigError(

@@ -65,7 +65,7 @@ class BackboneConfig(Config, ABC):
         """
         raise ConfigError(
             f"backbone {self.name!r} has no text tower, which a dual encoder needs: "
-            "use one from open_clip, e.g. open_clip:ViT-B-16-quickgelu@openai"
+            "use one from open_clip or transformers, e.g. open_clip:ViT-B-16-quickgelu@openai"
         )
 
 

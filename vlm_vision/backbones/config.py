@@ -118,11 +118,14 @@ class OpenClipConfig(BackboneConfig):
             `embed_dim`, `vision_cfg`, `text_cfg`, optionally `quick_gelu`.
         weights: a pretrained tag of that model, a weights file, or a folder with one; `none` for random.
         preprocess: None takes what the weights were trained with.
+        tokenizer: folder or hub id of a dual encoder's tokenizer, where that is one of transformers; None
+            takes the one that the architecture names.
     """
 
     name: Literal["open_clip"] = "open_clip"
     architecture: dict[str, Any] | None = None
     preprocess: PreprocessConfig | None = None
+    tokenizer: str | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> OpenClipConfig:
@@ -155,15 +158,20 @@ class TransformersConfig(BackboneConfig):
     Attributes:
         model: hub id or folder, of a whole model or its vision part: CLIP, SigLIP, SigLIP2 (fixed, NaFlex),
             DINOv2 (with registers), DINOv3 (ViT, ConvNeXt), AIMv2, ViT-MAE; or any other that AutoModel loads
-            and that gives hidden states of pictures, with `assumptions` in the tower's facts.
-        architecture: instead of `model`, the content of its vision `config.json`.
+            and that gives hidden states of pictures, with `assumptions` in the tower's facts. Whole CLIP,
+            SigLIP and SigLIP2 are dual encoders too.
+        architecture: instead of `model`, the content of its `config.json`, or of its vision part's.
+        text_architecture: of a dual encoder whose `architecture` is the vision part's, that of the whole.
         weights: None takes those of `model`; another hub id or folder; `none` for random.
         preprocess: None takes what the weights' `preprocessor_config.json` says.
+        tokenizer: folder or hub id of a dual encoder's tokenizer; None takes that of `model`.
     """
 
     name: Literal["transformers"] = "transformers"
     architecture: dict[str, Any] | None = None
+    text_architecture: dict[str, Any] | None = None
     preprocess: PreprocessConfig | None = None
+    tokenizer: str | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> TransformersConfig:
@@ -179,6 +187,11 @@ class TransformersConfig(BackboneConfig):
         from vlm_vision.backbones.transformers import build
 
         return build(self, load_weights=load_weights)
+
+    def build_text(self, *, load_weights: bool = True) -> TextSide:
+        from vlm_vision.backbones.transformers_text import build_text
+
+        return build_text(self, load_weights=load_weights)
 
 
 class TimmConfig(BackboneConfig):

@@ -32,7 +32,7 @@ from vlm_vision.backbones.timm import TrunkBackbone
 from vlm_vision.errors import ConfigError, WeightsError, first_line, nearest
 from vlm_vision.layouts import read_converted
 from vlm_vision.preprocess import PREPROCESSOR_FILE, read_preprocess
-from vlm_vision.text import TextSide, Tokenizer
+from vlm_vision.text import OpenClipTokenizer, TextSide
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import find_weights_file, load_strict, without_init
 
@@ -90,7 +90,7 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
     text_cfg = {**architecture["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
     try:
         encoder = _build_text_tower(architecture["embed_dim"], text_cfg, _quick_gelu(architecture))
-        tokenizer = Tokenizer(text_cfg)
+        tokenizer = OpenClipTokenizer(text_cfg, config.tokenizer)
     except OSError as error:
         raise ConfigError(
             f"{_origin(config)}: its text tower needs files of "
@@ -98,6 +98,7 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
             f"cannot be reached ({first_line(error)})"
         ) from error
     logit_scale = float(architecture.get("init_logit_scale", math.log(1 / 0.07)))
+    logit_bias = architecture.get("init_logit_bias")
     state = _weights(config, architecture) if load_weights else None
     if state is not None:
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
@@ -107,8 +108,14 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
             raise WeightsError(
                 f"{_origin(config)}: these weights have no logit_scale, so they are no dual encoder's"
             )
-        logit_scale = float(state["logit_scale"])
-    return TextSide(encoder, tokenizer, logit_scale)
+        logit_scale, logit_bias = float(state["logit_scale"]), state.get("logit_bias")
+    return TextSide(
+        encoder,
+        tokenizer,
+        logit_scale,
+        logit_bias=None if logit_bias is None else float(logit_bias),
+        fields={"tokenizer": None},  # it is saved with the model
+    )
 
 
 class _NativeBackbone(Backbone):

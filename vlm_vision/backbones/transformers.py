@@ -74,13 +74,7 @@ def _vision_config(config: TransformersConfig, random: bool) -> dict[str, Any]:
     if content is None and needs_no_hub and not Path(str(config.model)).exists():
         content = PUBLISHED.get(str(config.model))
     if content is None:
-        try:
-            content = PretrainedConfig.get_config_dict(config.model)[0]
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"transformers:{config.model}: no config at this hub id or folder "
-                f"({first_line(error)}). Offline, download it first and name the folder"
-            ) from error
+        content = read_whole_config(config)
     whole = content.get("model_type")
     vision = dict(content.get("vision_config") or content)
     model_type = vision.get("model_type", VISION_PART.get(str(whole), whole))
@@ -88,6 +82,22 @@ def _vision_config(config: TransformersConfig, random: bool) -> dict[str, Any]:
     if model_type is None:
         raise ConfigError(f"transformers:{config.model or 'architecture'}: its config has no `model_type`")
     return {**vision, "model_type": model_type}
+
+
+def read_whole_config(config: TransformersConfig) -> dict[str, Any]:
+    """The content of `config.json` at the model's hub id or folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        content: dict[str, Any] = PretrainedConfig.get_config_dict(config.model)[0]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"transformers:{config.model}: no config at this hub id or folder "
+            f"({first_line(error)}). Offline, download it first and name the folder"
+        ) from error
+    return content
 
 
 def _class(name: str, model_type: str) -> Any:
