@@ -17,6 +17,7 @@ from vlm_vision.config import Config, load_config
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import DataError, require
 from vlm_vision.preprocess import open_image
+from vlm_vision.text_embeddings import embed_texts
 from vlm_vision.tower import VisionTower
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
@@ -24,6 +25,7 @@ from vlm_vision.train.contrastive import train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import Answer, answer_questions, vqa_accuracy
+from vlm_vision.train.held_out import embed_pictures
 from vlm_vision.train.language import text_chats, warm_start_llm
 from vlm_vision.train.language_config import LanguageConfig
 from vlm_vision.train.pairs import Pairs
@@ -32,7 +34,6 @@ from vlm_vision.train.ranks import default_ranks, run_on_ranks
 from vlm_vision.train.report import Answered, PatchFeatures, Retrieval, write_report
 from vlm_vision.train.run import PeakMemory, read_metrics, timed
 from vlm_vision.train.scenes import SceneConfig, ScenePaths, write_scenes
-from vlm_vision.train.validation import embed_pictures, embed_texts
 from vlm_vision.train.vlm import VisionLanguageModel
 
 C = TypeVar("C", bound=Config)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import Picture
 from vlm_vision.progress import progress_bar
+from vlm_vision.prompts import CLASSES, read_classes, read_templates
+from vlm_vision.text_embeddings import TextCache, embed_classes
 from vlm_vision.weights import read_state_dict
 
 TEMPLATES = ("a photo of a {}.",)
 CLASSES_FILE, EMBEDDINGS_FILE = "classes.json", "class_embeddings.safetensors"
-TEXT_BATCH_SIZE = 256
 
 
 class ZeroShotClassifier:
@@ -31,50 +31,43 @@ class ZeroShotClassifier:
     Attributes:
         classes: class names, in the order of the scores.
         templates: the texts that a class name is put into.
-        class_embeddings: [C,E], unit length: the mean over templates of unit prompt embeddings, normalised
-            again, as open_clip's `build_zero_shot_classifier` does.
+        class_embeddings: [C,E], unit length; see `embed_classes`.
     """
 
     def __init__(
         self,
         model: DualEncoder,
-        classes: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        classes: str | Sequence[str],
+        templates: str | Sequence[str] = TEMPLATES,
         *,
         class_embeddings: Float[Tensor, "c e"] | None = None,
+        cache: TextCache | None = None,
     ) -> None:
         """Embed every class under every template, unless the embeddings are given.
+
+        Args:
+            classes: names, a file with one a line, or the name of a list; see `prompts.read_classes`.
+            templates: texts with `{}`, a file with one a line, or `openai_80`, `openai_7`.
+            cache: where embeddings are kept; `TextCache.of_user()` is the user's own.
 
         Raises:
             ConfigError: no class, a class named twice, or a template without exactly one `{}`.
         """
-        repeated = sorted({name for name in classes if list(classes).count(name) > 1})
-        if not classes or repeated:
-            found = f"{repeated} repeat" if repeated else "there are none"
-            raise ConfigError(f"classes must be distinct names, but {found}")
-        wrong = [template for template in templates if template.count("{}") != 1]
-        if wrong or not templates:
-            raise ConfigError(f"templates must each hold one {{}}, but {wrong or 'there are none'}")
-        self.model, self.classes, self.templates = model, list(classes), list(templates)
-        self.class_embeddings = self._embed() if class_embeddings is None else class_embeddings
-
-    @torch.inference_mode()
-    def _embed(self) -> Float[Tensor, "c e"]:
-        prompts = [template.replace("{}", name) for name in self.classes for template in self.templates]
-        embeddings = []
-        with progress_bar(len(prompts), "embed classes", disable=len(prompts) <= TEXT_BATCH_SIZE) as bar:
-            for start in range(0, len(prompts), TEXT_BATCH_SIZE):
-                batch = prompts[start : start + TEXT_BATCH_SIZE]
-                embeddings.append(self.model.encode_text(self.model.tokenizer(batch)))
-                bar.update(len(batch))
-        by_class = rearrange(torch.cat(embeddings), "(c t) e -> c t e", t=len(self.templates))
-        return normalize(by_class.mean(dim=1), dim=-1)
+        self.model, self.classes, self.templates = model, read_classes(classes), read_templates(templates)
+        if isinstance(classes, str) and classes in CLASSES:  # answers are names, so one of each is enough
+            self.classes = list(dict.fromkeys(self.classes))
+        repeated = sorted(name for name, count in Counter(self.classes).items() if count > 1)
+        if repeated:
+            raise ConfigError(f"classes must be distinct names, but {repeated} repeat")
+        if class_embeddings is None:
+            class_embeddings = embed_classes(model, self.classes, self.templates, cache=cache)
+        self.class_embeddings = class_embeddings
 
     @torch.inference_mode()
     def logits(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         """Cosine similarities times the model's temperature factor."""
         images = self.model.encode_image(pixels)
-        return self.model.logit_scale.exp() * images @ self.class_embeddings.to(images.device).T
+        return self.model.logit_scale.exp() * images @ self.class_embeddings.to(images).T
 
     def classify(
         self, pictures: Sequence[Picture], top_k: int = 1, *, batch_size: int = 64

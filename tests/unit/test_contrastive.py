@@ -150,8 +150,8 @@ def test_held_out_scores_are_logged_on_the_way_and_at_the_end(data: Path, tmp_pa
     result = train_contrastive(config(data, validation=validation), tmp_path / "run")
     scored = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "zero_shot_top1" in line]
     assert [line["step"] for line in scored] == [2, 4, 6]
-    names = {f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5)}
-    assert result.keys() == {"zero_shot_top1"} | names
+    names = {f"{direction}_r{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    assert names | {"zero_shot_top1"} <= result.keys()
     assert {name: scored[-1][name] for name in result} == result
 
 

@@ -66,7 +66,7 @@ def test_batches_do_not_change_the_answer(model: DualEncoder, capsys: pytest.Cap
 
 def test_many_prompts_are_embedded_in_batches(model: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ZeroShotClassifier(model, CLASSES, ("{}", "a {}", "the {}")).class_embeddings
-    monkeypatch.setattr("vlm_vision.zero_shot.TEXT_BATCH_SIZE", 5)
+    monkeypatch.setattr("vlm_vision.text_embeddings.TEXT_BATCH_SIZE", 5)
     parts = ZeroShotClassifier(model, CLASSES, ("{}", "a {}", "the {}")).class_embeddings
     assert float((whole - parts).abs().max()) <= 1e-6
 
@@ -74,7 +74,7 @@ def test_many_prompts_are_embedded_in_batches(model: DualEncoder, monkeypatch: p
 @pytest.mark.parametrize(
     ("classes", "templates", "message"),
     [
-        ([], ["{}"], "there are none"),
+        ([], ["{}"], "there is no class"),
         (["cat", "dog", "cat"], ["{}"], r"\['cat'\] repeat"),
         (["cat"], [], "there are none"),
         (["cat"], ["a photo"], r"each hold one {}, but \['a photo'\]"),
