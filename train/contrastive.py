@@ -13,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm_vision.adapters.lora import add_lora, check_lora_gradients, merge_lora
 from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
 from vlm_vision.errors import ConfigError, DataError, nearest, require
-from vlm_vision.metrics import peak_memory
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive_config import ContrastiveConfig, LossConfig
 from vlm_vision.train.depth import changes_patches, last_blocks
@@ -29,8 +29,8 @@ from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, wr
 from vlm_vision.train.parallel import join_ranks, leave_ranks
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
-from vlm_vision.train.run import Run, prepare_process
-from vlm_vision.train.validation import validate_dual_encoder
+from vlm_vision.train.run import Run, peak_memory_mb, prepare_process
+from vlm_vision.train.validation import check_validation, validate_dual_encoder
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
@@ -41,8 +41,9 @@ def train_contrastive(
     """Train a dual encoder on pictures with captions and save it as `output/model`.
 
     Args:
-        output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine. Saved
-            on the way: `best`, by the config's `best_by`; at the end: `model`, `model_ema`, `report.html`.
+        output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine.
+            Saved on the way: `best`, by the config's `best_by`; at the end: `model`, `model_ema`,
+            `report.html`.
 
     Returns:
         The last validation scores, or the last loss where nothing is validated.
@@ -62,9 +63,7 @@ def train_contrastive(
         raise DataError(f"{output} already holds a trained model: give another output folder")
 
     pairs = Pairs(config.data)
-    for held_out in (config.validation.zero_shot, config.validation.retrieval):
-        if held_out:
-            Pairs(held_out)  # what is wrong with it shows now, not when training is done
+    check_validation(config.validation)  # what is wrong with it shows now, not when training is done
     prepared = prepare_model(config, pairs.num_pairs)
     total_steps = config.total_steps(len(pairs))
     if start >= total_steps:
@@ -86,10 +85,11 @@ def train_contrastive(
     if found:
         learner.load(found[1])
 
-    run = Run(output, config, resume_step=start)
-    scores = _train(learner, batches, run, pairs, start)
+    run = Run(output, config, resume_step=start, wandb=config.wandb)
+    loss = _train(learner, batches, run, pairs, start)
     state = learner.state()
     del objective, learner
+    scores: dict[str, float] = {}
     finished = {"model": state["learnt"], "model_ema": state.get("average", {})}
     for name, learnt in finished.items():
         if not learnt:
@@ -98,21 +98,20 @@ def train_contrastive(
         merge_lora(_with_learnt(model, learnt)).eval()
         if run.is_main:
             model.save_pretrained(run.folder / name)
-        model.to(device)
-        if run.is_main:
-            found_scores = validate_dual_encoder(model, config.validation)
-            prefix = "" if name == "model" else f"{name}_"
-            scores |= {f"{prefix}{key}": value for key, value in found_scores.items()}
-            run.log(total_steps, **{f"{prefix}{key}": value for key, value in found_scores.items()})
+        prefix = "" if name == "model" else "ema_"
+        group = dist.group.WORLD if world > 1 else None
+        for key, value in validate_dual_encoder(model.to(device), config.validation, group=group).items():
+            scores[f"{prefix}{key}"] = value
+        run.log(total_steps, **{key: value for key, value in scores.items() if key.startswith(prefix)})
     run.close()
     leave_ranks(world)
-    return scores
+    return scores or {"loss": loss}
 
 
 def _train(
     learner: Learner, batches: Iterator[Batch | DataError], run: Run, pairs: Pairs, start: int
-) -> dict[str, float]:
-    """Every step from `start` on; gives the last loss where nothing is validated."""
+) -> float:
+    """Every step from `start` on; gives the last loss."""
     config, model, total_steps = learner.config, learner.objective.model, learner.total_steps
     bad = BadPictures(run.folder / "bad_samples.jsonl", pairs)
     meter, best = _Meter(config.batch_size), -math.inf
@@ -158,11 +157,11 @@ def _train(
                 raise SystemExit(TERMINATED)
             every = config.validation.every
             if every and step % every == 0 and not is_last:
+                group = dist.group.WORLD if learner.world > 1 else None
                 with learner.parallel.gathered():
-                    if run.is_main:
-                        scores = validate_dual_encoder(model, config.validation)
-                        run.log(step, **scores)
-                        best = _keep_best(model, scores, best, config, run)
+                    scores = validate_dual_encoder(model, config.validation, group=group)
+                    run.log(step, **scores)
+                    best = _keep_best(model, scores, best, config, run)
                 learner.train_mode()
             meter.start()
     if meter.truncated and run.is_main:
@@ -170,7 +169,7 @@ def _train(
             f"{meter.truncated:,} of {meter.seen:,} captions were longer than the text tower's "
             f"{model.tokenizer.context_length} tokens and lost their end"
         )
-    return {} if config.validation.zero_shot or config.validation.retrieval else {"loss": result.loss}
+    return result.loss
 
 
 def _save(learner: Learner, run: Run, step: int) -> None:
@@ -192,8 +191,8 @@ def _keep_best(
             f"best_by {config.best_by!r} is no score of this validation{nearest(config.best_by, scores)} "
             f"(scores: {', '.join(scores)})"
         )
-    if scores[config.best_by] <= best:
-        return best
+    if scores[config.best_by] <= best or not run.is_main:
+        return max(best, scores[config.best_by])
     merged = prepare_model(config, 0).model
     learnt = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     merge_lora(_with_learnt(merged, learnt)).save_pretrained(run.folder / "best")
@@ -223,8 +222,8 @@ class Prepared:
             print(f"  {part}: {count:,} of {total:,} parameters learn")
         if not changes_patches(self.model):
             print(
-                "  the layers whose patch features a VLM reads are frozen, so these stay as they are; to adapt "
-                "them use --for-vlm"
+                "  the layers behind them are frozen, so the patch features that a VLM reads stay as they are; "
+                "--for-vlm changes them"
             )
 
 
@@ -234,7 +233,8 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
     The same config gives the same model each time, random weights included.
 
     Raises:
-        ConfigError: a recipe or rules that do not fit the model, or leave patch features for a VLM as they are.
+        ConfigError: a recipe or rules that do not fit the model, or that leave patch features for a VLM as
+            they are.
     """
     torch.manual_seed(config.seed)
     source = config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
@@ -363,8 +363,9 @@ class _Meter:
         self._duplicates += count_duplicates(batch.identities)
 
     def rates(self) -> dict[str, float]:
-        """Since the last line: pairs a second over all ranks, share of the time spent waiting for data, pairs
-        that say what another of this rank's batch says; and over the run: memory, captions cut, steps skipped.
+        """Since the last line: pairs a second over all ranks, share of the time spent waiting for data, share
+        of pairs that say what another of this rank's batch says. Over the run: memory, captions cut, steps
+        skipped.
         """
         passed = max(1e-9, time.monotonic() - self._since)
         rates = {
@@ -372,7 +373,7 @@ class _Meter:
             "data_wait": self._waited / passed,
             "duplicates": self._duplicates / max(1, self._pairs),
             "truncated_captions": self.truncated / max(1, self.seen),
-            "memory_mb": peak_memory(),
+            "memory_mb": peak_memory_mb(),
             "skipped_steps": float(self.skipped),
         }
         self._duplicates = self._steps = self._pairs = 0

@@ -53,9 +53,9 @@ class LossConfig(Config):
         name: `info_nce`, or `siglip`, which adds a bias to a model that has none.
         directions: of InfoNCE: their mean, or their sum, which doubles the loss beside other terms.
         tile_size: pictures and texts whose similarities are held at once; None holds all of a rank's.
-        duplicates: pairs of a batch with the same caption or the same picture, near-duplicates included: `mask`
-            takes them out of each other's negatives, `positive` makes them share the target, `negative`
-            does as most training code does and pushes them apart.
+        duplicates: pairs of a batch with the same caption or the same picture, near-duplicates included:
+            `mask` takes them out of each other's negatives, `positive` makes them share the target,
+            `negative` does as most training code does and pushes them apart.
         hard_negatives: whether texts of the data's `negative_column` are negatives of the batch's pictures.
         patch_weight: of InfoNCE between attention-pooled patch features, of the layer that a VLM reads, and
             texts; 0 leaves them to what the pooled embedding teaches them.
@@ -121,7 +121,7 @@ class ContrastiveConfig(Config):
         compile: compile the towers with torch.compile.
         parallel: on several ranks, `ddp` holds the model on each; `fsdp` splits it among them (FSDP2).
         ema: decay of an average of the weights, saved as `model_ema`; None keeps none.
-        save_every, save_minutes: optimizer steps, or time, between checkpoints; None saves none before the end.
+        save_every, save_minutes: optimizer steps, or time, between checkpoints; None saves none on the way.
         keep_checkpoints: the newest so many stay.
         best_by: a validation score; the model with the best one is saved as `best`.
         drift_pictures: pictures on which patch features before and after are compared at the end; 0 for none.

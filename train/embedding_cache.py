@@ -25,7 +25,7 @@ class EmbeddingCache:
 
     @classmethod
     def for_images(cls, model: DualEncoder, config: ContrastiveConfig, world: int) -> EmbeddingCache | None:
-        """One for pictures, if their tower is frozen, they are always cropped alike and nothing else reads them."""
+        """One for pictures, if their tower is frozen, they are cropped alike and nothing else reads them."""
         learns = any(parameter.requires_grad for parameter in model.tower.parameters())
         loss = config.loss
         others = loss.patch_weight or loss.caption_weight or loss.keep or config.patch_dropout

@@ -1,9 +1,9 @@
 """Gradients of a loss over a whole batch whose activations never fit in memory at once.
 
 GradCache (arXiv:2101.06983): embed chunk by chunk without a graph, take the loss of all embeddings and its
-gradients with respect to them, then embed each chunk again, now with a graph, and send these gradients into it.
-What is random in the model is drawn alike both times. The result is the full batch's gradient, the temperature's
-included, for the cost of a second forward.
+gradients with respect to them, then embed each chunk again, now with a graph, and send these gradients into
+it. What is random in the model is drawn alike both times. The result is the full batch's gradient, the
+temperature's included, for the cost of a second forward.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def cached_backward(
     """Backward through `loss(outputs of all chunks)`, chunk by chunk.
 
     Args:
-        forward: a chunk's arguments to its outputs: embeddings, whose rows are put together over chunks; 0-dim
-            tensors, which are the same for every chunk (a temperature); and, under the name `local` and only
-            while gradients are on, a chunk's own addition to the loss. A chunk may lack any but one.
+        forward: a chunk's arguments to its outputs: embeddings, whose rows are put together over chunks;
+            0-dim tensors, which are the same for every chunk (a temperature); and, under the name `local` and
+            only while gradients are on, a chunk's own addition to the loss. A chunk may lack any but one.
         loss: of the outputs put together, without `local`.
-        sync: the context of a chunk's forward and backward; its argument tells whether gradients are exchanged
-            between ranks, which they are with the last chunk only.
+        sync: the context of a chunk's forward and backward; its argument tells whether gradients are
+            exchanged between ranks, which they are with the last chunk only.
         scale: factor on all gradients (of a loss scaler).
 
     Returns:
@@ -49,7 +49,7 @@ def cached_backward(
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in join(parts).items()}
     value = loss(leaves)
     (value * scale).backward()  # type: ignore[no-untyped-call]
-    total, counts = value.detach(), {name: 0 for name in leaves}
+    total, counts = value.detach(), dict.fromkeys(leaves, 0)
     for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         is_last = number == len(chunks) - 1
         _set_random_state(state)
@@ -70,7 +70,8 @@ def cached_backward(
                     continue  # of what all chunks share, once
                 if gradient is not None and tensor.requires_grad:
                     surrogate = surrogate + (tensor * gradient).sum()
-            surrogate.backward()  # type: ignore[no-untyped-call]
+            if surrogate.requires_grad:  # not of a chunk that only frozen parts saw
+                surrogate.backward()  # type: ignore[no-untyped-call]
     return total, {name: leaf.detach() for name, leaf in leaves.items()}
 
 

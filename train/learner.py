@@ -119,8 +119,7 @@ class Learner:
         if config.parallel == "fsdp" and config.optimizer == "adamw_8bit":
             raise ConfigError("optimizer adamw_8bit does not know split parameters: use parallel ddp")
         if config.checkpoint_activations:
-            model.tower.checkpoint_activations()
-            model.checkpoint_text_activations()
+            model.checkpoint_activations()
         objective.to(device)
         objective.move_references(device)
         groups = parameter_groups(
@@ -169,7 +168,8 @@ class Learner:
             asks: numbers that are summed over ranks with the loss, in the same exchange.
 
         Raises:
-            VlmVisionError: a loss or gradient that is not finite; names the samples, and no weight has changed.
+            VlmVisionError: a loss or gradient that is not finite; names the samples, and no weight has
+                changed.
         """
         config, model = self.config, self.objective.model
         self._set_patch_dropout(number)
@@ -279,8 +279,8 @@ class Learner:
         more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
         raise VlmVisionError(
             f"step {number}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
-            f"step {number - 1}. On rank {self.rank} {which} {', '.join(shown[:8])}{more}. Lower the learning "
-            "rate, or set precision to fp32, and continue with --resume"
+            f"step {number - 1}. On rank {self.rank} {which} {', '.join(shown[:8])}{more}. Lower the "
+            "learning rate, or set precision to fp32, and continue with --resume"
         )
 
     # --- State

@@ -1,4 +1,4 @@
-"""What a contrastive run minimises: a dual encoder's outputs for a chunk of a batch, and the loss of all of them."""
+"""What a contrastive run minimises: outputs of a dual encoder, chunk by chunk, and the loss of them all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         super().__init__()
         if config.name == "siglip" and model.logit_bias is None:
             raise ConfigError("loss siglip: this model has no logit_bias")
-        if config.caption_weight and not model.has_decoder:
+        if config.caption_weight and not getattr(model, "has_decoder", False):
             raise ConfigError("loss.caption_weight: this model has no text decoder (CoCa has)")
         self.model, self.config = model, config
         self.patch_head: PatchHead | None = None
@@ -87,8 +87,8 @@ class Objective(nn.Module):
         if image is not None:
             outputs["image"] = image
         elif pixels is not None:
-            features, pooled = self._see(pixels)
-            outputs["image"] = normalize(pooled.float(), dim=-1)
+            features, embeddings = self._see(pixels)
+            outputs["image"] = normalize(embeddings.float(), dim=-1)
             if self.patch_head is not None and features is not None:
                 outputs["patch"] = normalize(self.patch_head(features).float(), dim=-1)
             if is_learning and self.config.keep and self.config.keep.data is None and features is not None:
@@ -175,8 +175,9 @@ class Objective(nn.Module):
     def _see(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
         tower = self.model.tower
         if self.patch_head is None and not (self.config.keep and self.config.keep.data is None):
-            return None, tower.pooled(pixels)
-        return tower.features_with_pooled(pixels)
+            return None, self.model.project_image(tower.pooled(pixels))
+        features, pooled = tower.features_with_pooled(pixels)
+        return features, self.model.project_image(pooled)
 
     def _distance(self, pixels: Tensor, features: Tensor) -> Tensor:
         """Mean over patches of how far a feature went, squared, relative to its original length."""
@@ -189,8 +190,8 @@ class Objective(nn.Module):
 class PatchHead(nn.Module):
     """Patch features pooled by attention of one learned query, and projected beside the texts.
 
-    The pooling is SigLIP's (arXiv:2303.15343; `MAPHead` of big_vision), here of the layer that a VLM reads, so
-    that texts teach this very layer. It is no part of the saved model.
+    The pooling is SigLIP's (arXiv:2303.15343; `MAPHead` of big_vision), here of the layer that a VLM reads,
+    so that texts teach this very layer. It is no part of the saved model.
     """
 
     def __init__(self, width: int, embed_dim: int) -> None:

@@ -58,6 +58,13 @@ class AugmentConfig(Config):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     flip: Share = 0.0
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is drawn, so that a picture is the same in every epoch."""
+        low, high = self.crop_area
+        jitter = (self.brightness, self.contrast, self.saturation, self.hue, self.flip)
+        return low == high == 1 and self.aspect[0] == self.aspect[1] and not any(jitter)
+
     @model_validator(mode="after")
     def _ranges_ascend(self) -> AugmentConfig:
         for name, (low, high) in (("crop_area", self.crop_area), ("aspect", self.aspect)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,14 +29,21 @@ class Run:
         folder: made if absent.
         config: saved as `config.yaml`.
         resume_step: lines of `metrics.jsonl` after this step belong to a part that was lost, and are dropped.
+        wandb: a Weights & Biases project to log to as well.
+
+    Raises:
+        MissingExtraError: wandb is asked for and not installed.
     """
 
-    def __init__(self, folder: str | Path, config: Config, *, resume_step: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, config: Config, *, resume_step: int = 0, wandb: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         self.checkpoints = self.folder / "checkpoints"
         self._metrics = self.folder / "metrics.jsonl"
         self._tensorboard: Any = None
+        self._wandb: Any = None
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +53,18 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step + 1)
+        if wandb is not None:
+            require("wandb", "wandb")
+            import wandb as weights_and_biases
+
+            # Continued under the name of the folder, so that a resumed run goes on in the same curves.
+            self._wandb = weights_and_biases.init(
+                project=wandb,
+                id=self.folder.resolve().name,
+                resume="allow",
+                dir=str(self.folder),
+                config=config.model_dump(mode="json"),
+            )
 
     def log(self, step: int, **values: float) -> None:
         """Append one line of metrics at an optimizer step, if there are any."""
@@ -53,6 +74,8 @@ class Run:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def progress(self, total: int, description: str, *, start: int = 0) -> Any:
         """A progress bar with time left, on rank 0 only."""
@@ -61,6 +84,8 @@ class Run:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -114,6 +139,14 @@ def plain_attention(llm: Any) -> None:
     """
     if not torch.cuda.is_available():
         llm.set_attn_implementation("eager")
+
+
+def peak_memory_mb() -> float:
+    """The largest memory of this process so far in MiB: on its GPU if it uses one, else of itself."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage tells bytes there, KiB here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class PeakMemory:

@@ -68,8 +68,12 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Unit-length image embeddings."""
-        pooled = self.tower.pooled(pixels)
-        return normalize(pooled if self.image_projection is None else self.image_projection(pooled), dim=-1)
+        return normalize(self.project_image(self.tower.pooled(pixels)), dim=-1)
+
+    def project_image(self, pooled: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """From what the tower pools to image embeddings, not normalised."""
+        embeddings: Tensor = pooled if self.image_projection is None else self.image_projection(pooled)
+        return embeddings
 
     def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b e"]:
         """Unit-length text embeddings."""
@@ -80,6 +84,20 @@ class DualEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "c e"], Float[Tensor, ""]]:
         """Image embeddings, text embeddings, and the factor on their similarities."""
         return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.exp()
+
+    def checkpoint_activations(self) -> None:
+        """Trade time for memory in training, in both towers; see `VisionTower.checkpoint_activations`.
+
+        Raises:
+            ConfigError: a tower does not offer it.
+        """
+        self.tower.checkpoint_activations()
+        for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+            parts = (part for part in self.text.modules() if hasattr(part, name))
+            if (part := next(parts, None)) is not None:
+                getattr(part, name)()
+                return
+        raise ConfigError(f"{type(self.text).__name__} does not offer activation checkpointing")
 
     def fingerprint(self) -> str:
         """What tells this model's embeddings from another's: a hash of its weights and its preprocessing."""

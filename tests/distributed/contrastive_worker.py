@@ -91,7 +91,7 @@ CASES = (
 )
 
 
-def run_config(data: str) -> Any:
+def run_config(data: str, **changes: Any) -> Any:
     """A run whose batches are whole at 1, 2 and 4 ranks."""
     from vlm_vision.config import load_config
     from vlm_vision.train.contrastive_config import ContrastiveConfig
@@ -107,8 +107,18 @@ def run_config(data: str) -> Any:
         "log_every": 1,
         "save_every": 4,
         "workers": 0,
+        "drift_pictures": 0,
     }
-    return load_config(ContrastiveConfig, tree)
+    return load_config(ContrastiveConfig, {**tree, **changes})
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cached": {"micro_batch_size": 2, "loss": {"tile_size": 3, "patch_weight": 0.5}},
+    "split": {"parallel": "fsdp", "ema": 0.9},
+    "split cached lora": {"parallel": "fsdp", "recipe": "lora", "micro_batch_size": 3},
+}
+"""Settings of the runs that several ranks do as one process does."""
 
 
 def gradients(name: str) -> dict[str, Tensor]:
@@ -134,7 +144,10 @@ def main(task: str, data: str, output: Path) -> None:
     if task == "run":
         from vlm_vision.train.contrastive import train_contrastive
 
-        train_contrastive(run_config(data), output / "run")
+        for name, changes in RUNS.items():
+            if not dist.is_initialized():  # a run takes its leave of the others
+                dist.init_process_group("gloo")
+            train_contrastive(run_config(data, **changes), output / name)
     if is_main:
         for name, tensors in found.items():
             save_file(tensors, output / f"{name}.safetensors")

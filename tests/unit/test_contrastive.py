@@ -17,12 +17,13 @@ from torch import Tensor
 from vlm_vision import DualEncoder, VisionTower, load_dual_encoder
 from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError, DataError, VlmVisionError
-from vlm_vision.train import contrastive
+from vlm_vision.train import objective
 from vlm_vision.train.checkpoint import latest_checkpoint
 from vlm_vision.train.contrastive import train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
+from vlm_vision.train.learner import Learner
 from vlm_vision.train.losses import info_nce_loss
-from vlm_vision.train.pairs import EpochBatches, Pairs, TrainingPairs
+from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs
 from vlm_vision.train.recipes import choose_recipe
 from vlm_vision.train.run import read_metrics
 
@@ -66,12 +67,14 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill the run in the step after `step`."""
+    take = Learner.step
 
-    def check(loss: float, grad_norm: float, current: int) -> None:
-        if current > step:
+    def until(self: Learner, batch: Batch, number: int, **options: Any) -> Any:
+        if number > step:
             raise KeyboardInterrupt
+        return take(self, batch, number, **options)
 
-    monkeypatch.setattr(contrastive, "check_finite", check)
+    monkeypatch.setattr(Learner, "step", until)
 
 
 # --- What a run leaves behind
@@ -101,8 +104,14 @@ def test_metrics_tell_the_rate_that_was_used(data: Path, tmp_path: Path) -> None
     assert [line["lr"] for line in lines] == pytest.approx(expected)
     for line in lines:
         assert line.keys() == {
-            "step", "time", "loss", "grad_norm", "lr", "logit_scale", "accuracy", "truncated_captions"
+            "step", "time", "loss", "grad_norm", "grad_norm_vision", "grad_norm_text", "grad_norm_other",
+            "lr", "logit_scale", "accuracy", "samples_per_second", "data_wait", "duplicates", "truncated_captions",
+            "memory_mb", "skipped_steps",
         }  # fmt: skip
+        parts = (line["grad_norm_vision"], line["grad_norm_text"], line["grad_norm_other"])
+        assert math.hypot(*parts) == pytest.approx(line["grad_norm"])
+        assert 0 <= line["data_wait"] <= 1
+        assert line["samples_per_second"] > 0
         assert 0 <= line["accuracy"] <= 1
         assert line["truncated_captions"] == 0
 
@@ -113,13 +122,13 @@ def test_a_caption_that_repeats_counts_as_often_as_it_does(
     """18 pictures have 4 captions: the gradients are those of encoding every pair's own."""
     seen: dict[str, Tensor] = {}
 
-    def keep(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    def keep(image: Tensor, text: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
         seen["image"], seen["text"] = image.detach(), text.detach()
         return info_nce_loss(image, text, logit_scale)
 
     settings = config(data, steps=1, data={"path": str(data / "train.csv")}, augment={})
     with monkeypatch.context() as patch:
-        patch.setattr(contrastive, "info_nce_loss", keep)
+        patch.setattr(objective, "info_nce_loss", keep)
         train_contrastive(settings, tmp_path / "run")
     model, pairs = DualEncoder.from_pretrained(data / "model"), Pairs(settings.data)
     training = TrainingPairs(pairs, model.image_processor, model.tokenizer, settings.augment, settings.seed)
@@ -368,7 +377,7 @@ def test_a_used_folder_is_refused(data: Path, killed: Path) -> None:
 def poison(value: float) -> Callable[..., Tensor]:
     calls = []
 
-    def loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    def loss(image: Tensor, text: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
         calls.append(1)
         return (image.sum() + text.sum()) * logit_scale * (value if len(calls) == 4 else 1e-3)
 
@@ -379,7 +388,7 @@ def poison(value: float) -> Callable[..., Tensor]:
 def test_a_loss_that_is_not_finite_stops_before_the_weights(
     value: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contrastive, "info_nce_loss", poison(value))
+    monkeypatch.setattr(objective, "info_nce_loss", poison(value))
     with pytest.raises(VlmVisionError, match=r"step 4: .* weights are as after step 3"):
         train_contrastive(config(data, save_every=3), tmp_path / "run")
     assert len(curve(tmp_path / "run", "step")) == 3
