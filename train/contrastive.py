@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm_vision.adapters.lora import add_lora, check_lora_gradients, merge_lora
@@ -26,7 +25,7 @@ from vlm_vision.train.learner import Learner
 from vlm_vision.train.objective import Objective
 from vlm_vision.train.optim import apply_rules, trainable_summary
 from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
-from vlm_vision.train.parallel import join_ranks, leave_ranks
+from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process
@@ -56,7 +55,7 @@ def train_contrastive(
     """
     require("train", "datasets", "matplotlib", "peft", "tensorboard")
     prepare_process(config.seed)
-    rank, world, device = join_ranks()
+    ranks = Ranks.join()
     found = find_checkpoint(Path(output) / "checkpoints", resume)
     start = found[0] if found else 0
     if (Path(output) / "model").exists():
@@ -68,19 +67,17 @@ def train_contrastive(
     total_steps = config.total_steps(len(pairs))
     if start >= total_steps:
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
-    if rank == 0:
+    if ranks.rank == 0:
         prepared.tell(config, pairs)
     objective = Objective(prepared.model, effective_loss(config))
-    batches = _batches(prepared.model, pairs, config, start, total_steps, rank, world)
+    batches = _batches(prepared.model, pairs, config, start, total_steps, ranks)
     learner = Learner(
         objective,
         config,
         prepared.rules,
         prepared.lr,
         total_steps=total_steps,
-        rank=rank,
-        world=world,
-        device=device,
+        ranks=ranks,
     )
     if found:
         learner.load(found[1])
@@ -99,12 +96,12 @@ def train_contrastive(
         if run.is_main:
             model.save_pretrained(run.folder / name)
         prefix = "" if name == "model" else "ema_"
-        group = dist.group.WORLD if world > 1 else None
-        for key, value in validate_dual_encoder(model.to(device), config.validation, group=group).items():
+        model.to(ranks.device)
+        for key, value in validate_dual_encoder(model, config.validation, group=ranks.group).items():
             scores[f"{prefix}{key}"] = value
         run.log(total_steps, **{key: value for key, value in scores.items() if key.startswith(prefix)})
     run.close()
-    leave_ranks(world)
+    ranks.leave()
     return scores or {"loss": loss}
 
 
@@ -151,15 +148,14 @@ def _train(
                 last_save = time.monotonic()
             if must_stop and not is_last:
                 run.close()
-                leave_ranks(learner.world)
+                learner.ranks.leave()
                 if run.is_main:
                     print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
                 raise SystemExit(TERMINATED)
             every = config.validation.every
             if every and step % every == 0 and not is_last:
-                group = dist.group.WORLD if learner.world > 1 else None
                 with learner.parallel.gathered():
-                    scores = validate_dual_encoder(model, config.validation, group=group)
+                    scores = validate_dual_encoder(model, config.validation, group=learner.ranks.group)
                     run.log(step, **scores)
                     best = _keep_best(model, scores, best, config, run)
                 learner.train_mode()
@@ -222,8 +218,8 @@ class Prepared:
             print(f"  {part}: {count:,} of {total:,} parameters learn")
         if not changes_patches(self.model):
             print(
-                "  the layers behind them are frozen, so the patch features that a VLM reads stay as they are; "
-                "--for-vlm changes them"
+                "  the layers behind them are frozen, so the patch features that a VLM reads stay as they "
+                "are; --for-vlm changes them"
             )
 
 
@@ -290,13 +286,13 @@ def _with_learnt(model: DualEncoder, learnt: Mapping[str, Tensor]) -> DualEncode
 
 
 def _batches(
-    model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, start: int, stop: int, rank: int, world: int
+    model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, start: int, stop: int, ranks: Ranks
 ) -> Iterator[Batch | DataError]:
     """This rank's share of every batch, with pictures to be kept beside it where the config replays any."""
     from torch.utils.data import DataLoader
 
     dataset = TrainingPairs(pairs, model.image_processor, model.tokenizer, config.augment, config.seed)
-    sampler = EpochBatches(len(pairs), config.batch_size, config.seed, start, stop, rank, world)
+    sampler = EpochBatches(len(pairs), config.batch_size, config.seed, start, stop, ranks.rank, ranks.world)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,

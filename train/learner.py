@@ -24,6 +24,7 @@ from vlm_vision.train.optim import build_optimizer, parameter_groups, warmup_cos
 from vlm_vision.train.pairs import Batch
 from vlm_vision.train.parallel import (
     Parallel,
+    Ranks,
     clip_gradients,
     fit,
     load_optimizer,
@@ -97,9 +98,7 @@ class Learner:
         lr: float,
         *,
         total_steps: int,
-        rank: int,
-        world: int,
-        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         """Put the model on its device and, if the config says so, split it among ranks.
 
@@ -107,7 +106,8 @@ class Learner:
             ConfigError: settings that do not go together.
         """
         self.objective, self.config = objective, config
-        self.rank, self.world, self.device = rank, world, device
+        self.ranks, self.device = ranks, ranks.device
+        world, device = ranks.world, ranks.device
         self.total_steps = total_steps
         model = objective.model
         chunks = config.micro_batch_size is not None and config.cached_gradients
@@ -174,7 +174,7 @@ class Learner:
         config, model = self.config, self.objective.model
         self._set_patch_dropout(number)
         # What is random in the model draws from here; seeding by step makes a resumed run draw the same.
-        torch.manual_seed(config.seed * 1_000_003 + number * self.world + self.rank)
+        torch.manual_seed(config.seed * 1_000_003 + number * self.ranks.world + self.ranks.rank)
         self.optimizer.zero_grad(set_to_none=True)
         loss, seen = self._backward(batch)
         self.parallel.finish_gradients()
@@ -182,10 +182,10 @@ class Learner:
         norms = clip_gradients(self.parts, config.grad_clip)
         grad_norm = norms.pop("all")
         bad = float(not torch.isfinite(loss))
-        total, failed, *asked = sum_over_ranks([float(loss), bad, *asks], self.world, self.device)
+        total, failed, *asked = sum_over_ranks([float(loss), bad, *asks], self.ranks.world, self.device)
         skipped = self.scaler.is_enabled() and not math.isfinite(grad_norm)
         if failed or not (skipped or math.isfinite(grad_norm)):
-            self._refuse(seen, number, total / self.world, grad_norm)
+            self._refuse(seen, number, total / self.ranks.world, grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if skipped and self.scaler.get_scale() < SMALLEST_LOSS_SCALE:
@@ -199,7 +199,7 @@ class Learner:
                 assert config.ema is not None
                 get_ema_multi_avg_fn(config.ema)(self.average, self._of_model(), number)
         return StepResult(
-            loss=total / self.world,
+            loss=total / self.ranks.world,
             grad_norm=grad_norm,
             part_norms=norms,
             accuracy=sum(part.right for part in seen) / len(batch.captions),
@@ -279,7 +279,7 @@ class Learner:
         more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
         raise VlmVisionError(
             f"step {number}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
-            f"step {number - 1}. On rank {self.rank} {which} {', '.join(shown[:8])}{more}. Lower the "
+            f"step {number - 1}. On rank {self.ranks.rank} {which} {', '.join(shown[:8])}{more}. Lower the "
             "learning rate, or set precision to fp32, and continue with --resume"
         )
 

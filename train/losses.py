@@ -16,7 +16,6 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy, softplus
 from torch.utils.checkpoint import checkpoint
 
@@ -131,10 +130,30 @@ def _distilled(
 
 
 def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Rows of all ranks; backward sums what every rank's loss says of a row."""
+    """Rows of all ranks, as many from each."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return rows
-    return torch.cat(all_gather(rows.contiguous(), group or dist.group.WORLD))
+    gathered: Tensor = _Gather.apply(rows, group)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Backward sums what every rank's loss says of a row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group, ctx.count = group, len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Autograd may hold on to what it passes.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.count
+        return gradient[start : start + ctx.count], None
 
 
 class _Shape:

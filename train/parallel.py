@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,22 +16,43 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; joins the group that torchrun describes, if any."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a run.
 
+    Attributes:
+        joined: whether it joined their group here, and so has to leave it.
+    """
 
-def leave_ranks(world: int) -> None:
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    rank: int
+    world: int
+    device: torch.device
+    joined: bool
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """Join the group that torchrun describes, if any, unless that is done."""
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        joins = world > 1 and not dist.is_initialized()
+        if joins:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, world, device, joins)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All of them; None for one process alone."""
+        return dist.group.WORLD if self.world > 1 else None
+
+    def leave(self) -> None:
+        """Wait for the others, and leave the group if it was joined here."""
+        if self.world > 1:
+            dist.barrier()
+        if self.joined:
+            dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Sequence[float], world: int, device: torch.device) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from vlm_vision.train.losses import info_nce_loss, siglip_loss
+from vlm_vision.train.losses import distill_loss, info_nce_loss, siglip_loss
 
 Loss = Callable[[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor], Tensor]
 
@@ -64,6 +64,9 @@ def case(name: str, world: int = 1) -> Loss:
             }
         if "negatives" in name:
             options["negatives"] = negatives
+        if name == "distill":
+            teacher = normalize(image.detach().roll(1, 1), dim=-1), normalize(text.detach().flip(1), dim=-1)
+            return distill_loss(image, text, scale, *teacher, scale.detach() / 2, tile_size=2) + 0 * bias
         if name.startswith("siglip"):
             return siglip_loss(image, text, scale, bias, **options)
         if name.startswith("open_clip"):
@@ -87,6 +90,7 @@ CASES = (
     "siglip tiles",
     "siglip tiles duplicates negatives",
     "siglip positive duplicates",
+    "distill",
     "open_clip",
 )
 
@@ -145,8 +149,6 @@ def main(task: str, data: str, output: Path) -> None:
         from vlm_vision.train.contrastive import train_contrastive
 
         for name, changes in RUNS.items():
-            if not dist.is_initialized():  # a run takes its leave of the others
-                dist.init_process_group("gloo")
             train_contrastive(run_config(data, **changes), output / name)
     if is_main:
         for name, tensors in found.items():

@@ -54,34 +54,35 @@ def test_four_ranks_compute_the_gradients_of_the_whole_batch(tmp_path: Path) -> 
     check_gradients(tmp_path / "ranks")
 
 
-def test_two_ranks_train_as_one_process_does(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process_does_and_one_goes_on_where_they_stopped(tmp_path: Path) -> None:
     data, ranks, alone = tmp_path / "data", tmp_path / "ranks", tmp_path / "alone"
     captioned_pictures(data, 20)
     tiny_dual_encoder().save_pretrained(data / "model")
     launch(2, "run", data, ranks)
     check_gradients(ranks)
-
     for name, changes in RUNS.items():
-        train_contrastive(run_config(str(data), **changes), alone / name)
+        settings = run_config(str(data), **changes)
+        train_contrastive(settings, alone / name)
         assert len(curve(alone / name)) == 6
         assert curve(alone / name)[-1, 1] < curve(alone / name)[0, 1]
-        worst = ((curve(ranks / name) - curve(alone / name)) / curve(alone / name)).abs().max()
-        assert worst < 1e-4, name  # worst measured: 7e-7
-        for folder in ("model", "model_ema") if "ema" in changes else ("model",):
-            path = Path(folder, "model.safetensors")
-            found, expected = load_file(ranks / name / path), load_file(alone / name / path)
-            assert worst_error(found, expected) < 1e-3, name
+        assert worst_error(columns(ranks / name), columns(alone / name)) < 1e-4  # worst measured: 7e-7
+        found = models(ranks / name)
+        assert worst_error(found, models(alone / name)) < 1e-3  # Adam makes much of small differences
+
+        shutil.rmtree(ranks / name / "model")  # checkpoints hold whole tensors, whoever wrote them
+        train_contrastive(settings, ranks / name, resume=True)
+        assert worst_error(models(ranks / name), found) < 1e-3
 
 
-def test_a_run_of_two_ranks_goes_on_as_one_process(tmp_path: Path) -> None:
-    """Its checkpoints hold whole tensors, whoever wrote them."""
-    data, ranks = tmp_path / "data", tmp_path / "ranks"
-    captioned_pictures(data, 20)
-    tiny_dual_encoder().save_pretrained(data / "model")
-    launch(2, "run", data, ranks)
-    for name, changes in RUNS.items():
-        through = load_file(ranks / name / "model" / "model.safetensors")
-        shutil.rmtree(ranks / name / "model")
-        train_contrastive(run_config(str(data), **changes), ranks / name, resume=True)
-        found = load_file(ranks / name / "model" / "model.safetensors")
-        assert worst_error(found, through) < 1e-3, name
+def columns(run: Path) -> dict[str, Tensor]:
+    names = ("step", "loss", "grad_norm", "lr", "logit_scale")
+    return dict(zip(names, curve(run).T, strict=True))
+
+
+def models(run: Path) -> dict[str, Tensor]:
+    """Tensors of the model and, where there is one, of its average."""
+    return {
+        f"{folder.name}.{name}": tensor
+        for folder in sorted(run.glob("model*"))
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
