@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import einsum
 from torch import Tensor
 
+from vlm_vision.adapters.lora_config import LoraConfig
+from vlm_vision.adapters.low_rank import merged as merged_weight
+from vlm_vision.adapters.low_rank import update
 from vlm_vision.backbones.config import PUBLISHED
-from vlm_vision.config import read_yaml
+from vlm_vision.config import read_yaml, validate
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.export import clip_vision_config, library_names, library_state
@@ -33,6 +35,7 @@ _UNDERSTOOD = {
     "lora_alpha",
     "rank_pattern",
     "alpha_pattern",
+    "use_dora",
     "use_rslora",
     "auto_mapping",
     "base_model_name_or_path",
@@ -60,9 +63,15 @@ _TEXT_SIDE = (
     "positional_embedding",
     "ln_final.",
     "logit_",
+    "visual_projection.",  # of transformers' models, whose towers end before it
 )
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
-_THIRD = re.compile(r"(?P<attention>.+)\.in_proj\.(?P<part>[qkv])_proj\.(?P<kind>weight|bias)")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB]|magnitude_vector)(\.default)?(\.weight)?"
+)
+# Layers that adapters lie on, of what is one tensor in the model: `SplitAttention` and `SplitLinear`.
+_PART = re.compile(
+    r"(?P<owner>.+)\.(?P<home>in_proj|apart|qkv|kv)\.(?P<part>[qkv])_proj\.(?P<kind>weight|bias)"
+)
 _ADDED_TWICE_THROUGH = (0, 21)
 _Scale = Callable[[str, int], float]  # what a module's factors of a rank are multiplied by
 
@@ -92,7 +101,7 @@ def load_adapter(model: VisionTower | DualEncoder, folder: str | Path) -> Merged
             transformers' CLIP; or a checkpoint of our contrastive runs (`runs/x/checkpoints/step_100`).
 
     Raises:
-        ConfigError: neither of the two, or a kind of adapter that is not plain LoRA.
+        ConfigError: neither of the two, or a kind of adapter that is not LoRA, rsLoRA or DoRA.
         WeightsError: tensors that nothing in the model takes, or of another base model; it is left as it was.
     """
     folder = Path(folder)
@@ -140,26 +149,31 @@ def _merge(
     adapted: set[str] = set()
     replaced: set[str] = set()
     merged: dict[str, Tensor] = {}
-    updates: list[tuple[str, bool, Tensor]] = [(name, False, tensor) for name, tensor in whole.items()]
-    for (module, is_embedding), sides in factors.items():
-        if sides.keys() != {"A", "B"}:
-            raise WeightsError(f"{origin}: {module} has only one of its two factors, {', '.join(sides)}")
-        update = _update(sides["A"], sides["B"], is_embedding, module, scale)
-        updates.append((f"{_plain(module)}.weight", True, update))
-    for name, is_added, value in updates:
+
+    def place(name: str, value: Tensor, changed: set[str]) -> Tensor | None:
+        """The part of the model that a learnt tensor belongs to; none, or another shape, is noted."""
         slot = _slot(state, name)
         if slot is None:
             is_text = isinstance(model, VisionTower) and name.startswith(_TEXT_SIDE)
             (left_out if is_text else strange).append(name)
-            continue
-        place, third = slot
-        tensor = merged.setdefault(place, state[place].detach().clone())
-        part = tensor if third is None else tensor.chunk(3)[third]
+            return None
+        tensor = merged.setdefault(slot.name, state[slot.name].detach().clone())
+        part = tensor if slot.parts == 1 else tensor.chunk(slot.parts)[slot.number]
         if part.shape != value.shape:
             misshapen.append(f"{name}: {tuple(value.shape)} onto {tuple(part.shape)}")
-            continue
-        part.copy_(part.float() + value.float() if is_added else value)
-        (adapted if is_added else replaced).add(place)
+            return None
+        changed.add(slot.name)
+        return part
+
+    for name, value in whole.items():
+        part = place(name, value, replaced)
+        if part is not None:
+            part.copy_(value)
+    for (module, is_embedding), sides in factors.items():
+        change = _update(sides, is_embedding, module, scale, origin)
+        part = place(f"{_plain(module)}.weight", change, adapted)
+        if part is not None:
+            part.copy_(merged_weight(part, change, sides.get("magnitude_vector")))
     _refuse(strange, misshapen, model, origin)
     if not merged:
         raise WeightsError(
@@ -168,18 +182,23 @@ def _merge(
     return merged, Merged(tuple(sorted(adapted)), tuple(sorted(replaced)), tuple(sorted(left_out)))
 
 
-def _update(a: Tensor, b: Tensor, is_embedding: bool, module: str, scale: _Scale) -> Tensor:
-    """What low-rank factors add to a weight (arXiv:2106.09685, section 4.1), in fp32."""
+def _update(
+    sides: Mapping[str, Tensor], is_embedding: bool, module: str, scale: _Scale, origin: str
+) -> Tensor:
+    """What low-rank factors add to a weight, in fp32."""
+    if not {"A", "B"} <= sides.keys():
+        raise WeightsError(f"{origin}: {module} has only one of its two factors, {', '.join(sides)}")
+    a, b = sides["A"], sides["B"]
     rank = len(a)
     if b.shape[1] != rank:
         raise WeightsError(f"{module}: factors of rank {rank} and {b.shape[1]} do not belong together")
-    product: Tensor
-    if a.ndim == 4:
-        product = einsum(b[:, :, 0, 0].float(), a.float(), "out rank, rank into h w -> out into h w")
-    else:
-        product = b.float() @ a.float()
-    product = product * scale(module, rank)
-    return product.T if is_embedding else product
+    if is_embedding and "magnitude_vector" in sides:
+        raise ConfigError(
+            f"{origin}: {module} is an embedding adapted by DoRA, which is not merged here. Merge it with "
+            "peft (merge_and_unload), save that model, and load its folder"
+        )
+    change = update(a, b) * scale(module, rank)
+    return change.T if is_embedding else change
 
 
 def _plain(name: str) -> str:
@@ -187,17 +206,32 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _slot(state: Mapping[str, Tensor], name: str) -> tuple[str, int | None] | None:
-    """The tensor that a learnt one belongs to, and which third of it, where q, k and v are one tensor."""
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor of the model, or one of several equal parts of it, one below the other."""
+
+    name: str
+    number: int = 0
+    parts: int = 1
+
+
+def _slot(state: Mapping[str, Tensor], name: str) -> _Slot | None:
+    """Where a learnt tensor belongs, where q, k and v may be one tensor."""
     if name in state:
-        return name, None
-    third = _THIRD.fullmatch(name)
-    if third is not None:
-        fused = f"{third['attention']}.in_proj_{third['kind']}"
-        return (fused, "qkv".index(third["part"])) if fused in state else None
+        return _Slot(name)
+    found = _PART.fullmatch(name)
+    if found is not None:
+        owner, home, part, kind = found["owner"], found["home"], found["part"], found["kind"]
+        if home == "apart" and kind == "weight":
+            slot = _Slot(f"{owner}.{part}_proj_weight")
+        elif home in ("in_proj", "apart"):
+            slot = _Slot(f"{owner}.in_proj_{kind}", "qkv".index(part), 3)
+        else:
+            slot = _Slot(f"{owner}.{home}.{kind}", home.index(part), len(home))
+        return slot if slot.name in state else None
     module, _, kind = name.rpartition(".")
     fused = f"{module}.in_proj_{kind}"  # peft adapts torch's attention as a whole
-    return (fused, None) if fused in state else None
+    return _Slot(fused) if fused in state else None
 
 
 def _refuse(strange: list[str], misshapen: list[str], model: VisionTower | DualEncoder, origin: str) -> None:
@@ -249,12 +283,12 @@ def _stripped(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _scale_of_run(folder: Path) -> _Scale:
     config = folder.parent.parent / "config.yaml"
-    lora = read_yaml(config).get("lora") or {}
+    lora = validate(LoraConfig, read_yaml(config).get("lora") or {}, str(config))
 
     def scale(module: str, rank: int) -> float:
-        if rank != lora.get("rank"):
-            raise WeightsError(f"{folder}: {module} has rank {rank}, and {config} says {lora.get('rank')}")
-        return float(lora["alpha"]) / rank
+        if rank != lora.rank:
+            raise WeightsError(f"{folder}: {module} has rank {rank}, and {config} says {lora.rank}")
+        return lora.scale
 
     return scale
 
@@ -316,8 +350,8 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
         strange = ["peft_type", *strange]
     if strange:
         raise ConfigError(
-            f"{path}: {strange[0]} is {config.get(strange[0])!r}, and only plain LoRA is merged here. Merge "
-            "it with peft (merge_and_unload), save that model, and load its folder"
+            f"{path}: {strange[0]} is {config.get(strange[0])!r}, and only LoRA, rsLoRA and DoRA are merged "
+            "here. Merge it with peft (merge_and_unload), save that model, and load its folder"
         )
     return {"r": 8, "lora_alpha": 8, **config}
 
@@ -360,4 +394,4 @@ def _write(model: VisionTower | DualEncoder, changed: Mapping[str, Tensor]) -> N
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in changed.items():
-            own[name].copy_(tensor)
+            own[name].copy_(tensor.view_as(own[name]))  # SigLIP's scalars are vectors of one in its library

@@ -55,4 +55,6 @@ def check_rules(names: Iterable[str], rules: Sequence[Rule]) -> None:
 def base_name(name: str) -> str:
     """A parameter's name before LoRA changed its layer: rules read the same with adapters in place."""
     name = re.sub(r"\.lora_\w+\.\w+\.", ".", name).replace(".base_layer.", ".")
-    return re.sub(r"\.in_proj\.[qkv]_proj\.", ".in_proj_", name)
+    name = re.sub(r"\.apart\.([qkv]_proj)\.weight", r".\1_weight", name)
+    name = re.sub(r"\.(in_proj|apart)\.[qkv]_proj\.", ".in_proj_", name)
+    return re.sub(r"\.(qkv|kv)\.[qkv]_proj\.", r".\1.", name)

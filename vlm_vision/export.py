@@ -31,6 +31,9 @@ LIBRARY_NAMES = {
         "backbone.pre_norm.": "vision_model.pre_layrnorm.",
         "backbone.blocks.": "vision_model.encoder.layers.",
         "backbone.norm.": "vision_model.post_layernorm.",
+        "backbone.head.": "vision_model.head.",
+        "text.": "",  # its text tower has its library's names within
+        "image_projection.": "visual_projection.",
     },
 }
 _BLOCK = "vision_model.encoder.layers."
@@ -209,7 +212,7 @@ def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:
         if fitting:
             names[name] = prefixes[fitting[0]] + inner.removeprefix(fitting[0])
         elif model is not tower and not name.startswith("tower."):
-            names[name] = name  # the text side and the temperature have open_clip's names
+            names[name] = name  # open_clip's text side and the temperature have its names
         else:
             raise ConfigError(
                 f"a backbone of {source!r} has no names in CLIP's layouts ({name}); open_clip's and "
@@ -219,13 +222,16 @@ def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:
 
 
 def library_state(model: VisionTower | DualEncoder) -> dict[str, Tensor]:
-    """The tensors under the names of the library that the backbone comes from.
+    """The tensors under the names of the library that the backbone comes from, in its shapes.
 
     Raises:
         ConfigError: as `library_names`.
     """
     state = model.state_dict()
-    return {theirs: state[ours] for ours, theirs in library_names(model).items()}
+    named = {theirs: state[ours] for ours, theirs in library_names(model).items()}
+    if "logit_bias" in named and "text_model.head.weight" in named:  # transformers' SigLIP
+        named |= {name: named[name].reshape(1) for name in ("logit_scale", "logit_bias")}
+    return named
 
 
 def _check_processor(settings: PreprocessConfig) -> None:

@@ -246,6 +246,7 @@ _CLIP = (
     *_TEXT,
     _Row(("text.text_projection",), ("text_projection.weight",), _transpose, _transpose),
     _Row(("logit_scale",), ("logit_scale",)),
+    _Row(("logit_bias",), ("logit_bias",)),  # of one that was given SigLIP's loss; its classes take none
 )
 _POOL = "visual.trunk.attn_pool"
 _HEAD = "vision_model.head"

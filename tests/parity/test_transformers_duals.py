@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from duals import HERE, TEXTS, library_model, pixels, saved
 from safetensors.torch import load_file, save_file
-from tiny import CLIP_VISION, clip_tokenizer_files
+from tiny import clip_tokenizer_files
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers import AutoTokenizer
 
 from vlm_vision import DualEncoder, VisionTower, load_dual_encoder, load_tower
 from vlm_vision.dual_encoder import describe_dual_encoder
@@ -26,60 +26,6 @@ from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.layouts import convert
 
 TOLERANCE = 1e-5  # 1.9e-7
-TEXTS = ["a red square", "two cats", "Ünïcode, 你好 & 🎉 " * 9, "x"]
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_attention_heads": 3,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 16,
-    "vocab_size": 520,
-}
-CLIP_TEXT = {**TEXT, "eos_token_id": 519, "bos_token_id": 518, "pad_token_id": 519}
-VISION = {**CLIP_VISION, "hidden_size": 48, "num_attention_heads": 3}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "CLIP": ("CLIPModel", {"text_config": CLIP_TEXT, "vision_config": VISION, "projection_dim": 24}),
-    "CLIP, highest id, GELU": (
-        "CLIPModel",
-        {
-            "text_config": {**CLIP_TEXT, "eos_token_id": 2, "hidden_act": "gelu"},
-            "vision_config": {**VISION, "hidden_act": "gelu"},
-            "projection_dim": 40,
-        },
-    ),
-    "SigLIP": ("SiglipModel", {"text_config": TEXT, "vision_config": VISION}),
-    "SigLIP2 NaFlex": (
-        "Siglip2Model",
-        {"text_config": TEXT, "vision_config": {**VISION, "num_patches": 16}},
-    ),
-}
-HERE = [kind for kind, (name, _) in KINDS.items() if hasattr(transformers, name)]
-
-
-def library_model(kind: str) -> Any:
-    """Random weights that make embeddings differ, biases and temperature that are not zero."""
-    name, config = KINDS[kind]
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def saved(kind: str, folder: Path) -> tuple[Any, Path]:
-    """A model as the library saves it, with its tokenizer and its image processor."""
-    model = library_model(kind)
-    model.save_pretrained(folder)
-    clip_tokenizer_files(folder)
-    side = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side).save_pretrained(folder)
-    return model, folder
-
-
-def pixels() -> Tensor:
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 def features(output: Any) -> Tensor:

@@ -82,11 +82,21 @@ def assert_close(found: Tensor, expected: Tensor, base: Tensor) -> None:
     [
         {},
         {"use_rslora": True},
+        {"use_dora": True},
+        {"use_dora": True, "target_modules": ["q_proj", "patch_embedding"]},
         {"rank_pattern": {"fc1": 4}, "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 7}},
         {"target_modules": ["q_proj", "patch_embedding"]},
         {"bias": "lora_only", "modules_to_save": ["pre_layrnorm"]},
     ],
-    ids=["linear", "rslora", "patterns", "convolution", "biases and whole modules"],
+    ids=[
+        "linear",
+        "rslora",
+        "dora",
+        "dora on a convolution",
+        "patterns",
+        "convolution",
+        "biases and whole modules",
+    ],
 )
 def test_an_adapter_of_transformers_vision_model_gives_pefts_features(
     config: dict[str, Any], tmp_path: Path
@@ -206,8 +216,8 @@ def test_a_base_that_no_shape_tells_from_another_is_told_by_its_name(tmp_path: P
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', and only plain LoRA is merged here"),
-        ({"use_dora": True}, "use_dora is True"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', and only LoRA, rsLoRA and DoRA are merged here"),
+        ({"use_qalora": True}, "use_qalora is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"of_the_future": 3}, "of_the_future is 3"),

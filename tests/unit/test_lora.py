@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from duals import EVERY, TEXTS, dual, embeddings, pixels, worst
 from tiny import RESNET, TOWER, tiny_dual_encoder
 from torch import Tensor, nn
 
-from vlm_vision import load_dual_encoder
-from vlm_vision.adapters.lora import SplitAttention, add_lora, check_lora_gradients, merge_lora
+from vlm_vision import DualEncoder, load_dual_encoder
+from vlm_vision.adapters.lora import SplitAttention, add_lora, check_lora_gradients, kind_of, merge_lora
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.errors import ConfigError
 from vlm_vision.train.losses import info_nce_loss
 from vlm_vision.train.optim import apply_rules
 from vlm_vision.train.recipes import RECIPES, applicable_rules
-from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.rules import Rule, base_name, matching_rule
 
 WIDTH, HEADS, TOKENS = 16, 4, 5
 
@@ -79,9 +81,26 @@ def test_split_attention_computes_what_the_fused_one_does(mask: str) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_attention_with_other_widths_for_keys_is_refused() -> None:
-    with pytest.raises(ConfigError, match="separate key and value widths"):
-        SplitAttention(nn.MultiheadAttention(WIDTH, HEADS, kdim=8, batch_first=True))
+@pytest.mark.parametrize("bias", [True, False])
+def test_keys_and_values_of_other_widths(bias: bool) -> None:
+    """CoCa's pooling: queries of one width look at patches of another."""
+    attention = fused_attention(kdim=8, vdim=12, bias=bias)
+    query, key, value = torch.randn(3, 2, WIDTH), torch.randn(3, TOKENS, 8), torch.randn(3, TOKENS, 12)
+    split = SplitAttention(attention)
+    with torch.no_grad():
+        expected, _ = attention(query, key, value, need_weights=False)
+        found, _ = split(query, key, value, need_weights=False)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    fused = split.fuse()
+    assert fused.state_dict().keys() == attention.state_dict().keys()
+    for name, tensor in attention.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], tensor)
+
+
+def test_attention_that_is_no_sum_over_its_tokens_is_refused() -> None:
+    for options in ({"add_zero_attn": True}, {"add_bias_kv": True}, {"batch_first": False}):
+        with pytest.raises(ConfigError, match="not batch first, or adds keys of its own"):
+            SplitAttention(nn.MultiheadAttention(WIDTH, HEADS, **{"batch_first": True, **options}))
 
 
 def test_adapters_reach_every_layer_of_both_towers() -> None:
@@ -264,3 +283,142 @@ def test_a_model_without_adapters_is_left_alone() -> None:
     model = tiny_dual_encoder()
     modules = list(model.modules())
     assert list(merge_lora(model).modules()) == modules
+
+
+# Every library ------------------------------------------------------------------------------------------
+
+VARIANTS = ["lora", "rslora", "dora"]
+
+
+def step(model: DualEncoder) -> None:
+    """Gradients of a loss that every part of both towers has a share in."""
+    image, text = model.encode_image(pixels()), model.encode_text(model.tokenizer(TEXTS[:3]))
+    (8 * image.float() @ text.float().T).log_softmax(dim=1).diagonal().mean().neg().backward()
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_attention_and_mlp_of_both_towers_in_every_library(kind: str, tmp_path: Path) -> None:
+    model = dual(kind, tmp_path)
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    layers = with_lora(model)
+    for side in ("tower.", "text."):
+        kinds = {kind_of(layer) for layer in layers if layer.startswith(side)}
+        if (side, kind) != ("tower.", "open_clip, ResNet"):
+            assert {"q", "k", "v", "out", "mlp"} <= kinds, side
+    step(model)
+    check_lora_gradients(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 0, name
+    names = {base_name(name) for name, _ in model.named_parameters()}
+    merge_lora(model)
+    assert names == {name for name, _ in model.named_parameters()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", EVERY)
+@torch.no_grad()
+def test_merging_is_exact_in_every_library(kind: str, variant: str, tmp_path: Path) -> None:
+    model = dual(kind, tmp_path)
+    base = embeddings(model)
+    with_lora(model, variant=variant, alpha=4.0)
+    if variant == "dora":
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(torch.linspace(0.8, 1.2, parameter.numel()).view_as(parameter))
+    adapted = embeddings(model)
+    assert worst(adapted, base) > 1e-3
+    merged = embeddings(merge_lora(model))  # type: ignore[arg-type]
+    assert worst(merged, adapted) < 1e-6  # 4.2e-7
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_dropout_is_live_in_training_in_every_library(kind: str, tmp_path: Path) -> None:
+    for dropout, differs in ((0.5, True), (0.0, False)):
+        model = dual(kind, tmp_path / str(dropout))
+        with_lora(model, dropout=dropout)
+        model.train()
+        for module in model.modules():  # they average over batches, which is no dropout but differs too
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for first, second in zip(embeddings(model), embeddings(model), strict=True):
+            assert torch.equal(first, second) != differs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["open_clip", "CLIP"])
+def test_half_precision_does_not_drift(kind: str, variant: str, tmp_path: Path) -> None:
+    """Base weights keep every bit while adapters learn in fp32, and are rounded once when merged."""
+    model = dual(kind, tmp_path)
+    model.to(torch.bfloat16)
+    with_lora(model, variant=variant)
+    adapters = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert all(parameter.dtype == torch.float32 for parameter in adapters.values())
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if name not in adapters}
+    start = {name: p.detach().clone() for name, p in adapters.items()}
+    optimizer = torch.optim.AdamW(adapters.values(), lr=1e-4, weight_decay=0.0)
+    model.train()
+    for _ in range(5):
+        optimizer.zero_grad()
+        step(model)
+        optimizer.step()
+    model.eval()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], tensor) for name, tensor in base.items())
+    assert all(not torch.equal(now[name], tensor) for name, tensor in start.items())
+    first = {"open_clip": "tower.backbone.visual.transformer.resblocks.0.mlp.c_fc"}
+    owner = first.get(kind, "tower.backbone.blocks.0.mlp.fc1")
+    a, b = (now[f"{owner}.lora_{side}.default.weight"].double() for side in "AB")
+    config = LoraConfig(rank=2, variant=variant)  # type: ignore[arg-type]
+    expected = now[f"{owner}.base_layer.weight"].double() + config.scale * b @ a
+    if variant == "dora":
+        magnitude = now[f"{owner}.lora_magnitude_vector.default.weight"].double()
+        expected = expected * (magnitude / expected.norm(dim=1))[:, None]
+    merge_lora(model)
+    assert torch.equal(model.get_submodule(owner).weight, expected.float().to(torch.bfloat16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "open_clip, SigLIP of timm", "SigLIP"])
+@pytest.mark.parametrize(
+    ("targets", "kinds"),
+    [
+        (("q", "v"), {"q", "v"}),
+        (("out",), {"out"}),
+        (("mlp",), {"mlp"}),
+        (("*.1.*",), {"q", "k", "v", "out", "mlp"}),
+        (("text.*", "k"), {"q", "k", "v", "out", "mlp", None}),
+    ],
+)
+def test_targets_choose_among_the_layers(
+    kind: str, targets: tuple[str, ...], kinds: set[str | None], tmp_path: Path
+) -> None:
+    model = dual(kind, tmp_path)
+    rules = [Rule(match="tower.*", learn="lora"), Rule(match="text.*", learn="lora")]
+    layers = with_lora(model, rules, targets=targets)
+    assert {kind_of(layer) for layer in layers} <= kinds
+    assert {kind_of(layer) for layer in layers} >= kinds - {None}
+    if targets == ("*.1.*",):
+        assert all(".1." in layer for layer in layers)
+    if targets == ("text.*", "k"):
+        assert {kind_of(layer) for layer in layers if layer.startswith("tower.")} == {"k"}
+    learning = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == set(layers)
+    step(model)
+    check_lora_gradients(model)
+
+
+def test_targets_that_are_not_there_are_refused() -> None:
+    for target, message in (
+        ("qq", r"target 'qq' is none of the 31 layers .* \(kinds: q, k, v, out, mlp; or a pattern"),
+        ("*.blocks.*", r"target '\*.blocks.\*' is none of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            with_lora(
+                tiny_dual_encoder(),
+                [Rule(match="tower.*", learn="lora"), Rule(match="text.*", learn="lora")],
+                targets=("q", target),
+            )
+    with pytest.raises(ConfigError, match="target 'q' is none of the 1 layers"):
+        with_lora(tiny_dual_encoder(), [Rule(match="*conv1*", learn="lora")], targets=("q",))
