@@ -90,7 +90,8 @@ def _introduction(config: ContrastiveConfig) -> str:
     model = config.model if isinstance(config.model, str) else "an architecture of the config"
     if config.recipe == "scratch":
         return f"Trained from random weights ({model}), so there is no model before it to compare with."
-    return f"Adapted from {model}. Scores are of held-out data, before the run and after it."
+    scored = " Scores are of held-out data, before the run and after it."
+    return f"Adapted from {model}.{scored if config.validation.is_asked else ''}"
 
 
 def _facts(report: Report, config: ContrastiveConfig, metrics: Sequence[Mapping[str, Any]]) -> None:
