@@ -117,10 +117,16 @@ class BenchmarkFolder:
                         pictures[key] = (member.name, member.offset_data, member.size)
                     elif suffix.lower() == self._suffix:
                         texts[key] = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
+                end = tar.offset
         except FileNotFoundError:
             raise DataError(f"{shard} is missing: {self.folder / SHARDS} counts it") from None
         except (tarfile.TarError, UnicodeDecodeError) as error:
             raise DataError(f"{shard}: is damaged, or no tar of pictures and texts: {error}") from error
+        # tarfile takes the end of the file between two members for the end of the tar.
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise DataError(f"{shard}: is cut off or damaged at byte {end:,}: fetch it again")
         alone = sorted(pictures.keys() ^ texts.keys())
         if alone or not pictures:
             kind = f"picture ({', '.join(_PICTURES)}) and {self._suffix}"

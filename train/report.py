@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from vlm_vision.errors import require
 
 LARGEST_SIDE = 384  # pixels of an inlined picture; photographs are scaled down to it
+THUMBNAIL_SIDE = 208  # of one among many, which is shown at half of that
 CURVE_COLUMNS = 3
 HEAT_SIDE = 256
 
@@ -67,6 +68,13 @@ img.picture { border-radius: 6px; width: 100%; image-rendering: pixelated; }
 .hit.true img { border-color: var(--right); }
 .hit.true { color: var(--right); font-weight: 600; }
 .query.from-picture { grid-template-columns: 104px 1fr; }
+.hits.squares img { aspect-ratio: 1; object-fit: cover; }
+.query .label { font-size: 12px; color: var(--soft); margin: 6px 0 4px; }
+.query .label:first-child { margin-top: 0; }
+td.better { color: var(--right); }
+td.worse { color: var(--wrong); }
+td.better, td.worse, td.same { text-align: right; }
+td.same { color: var(--soft); }
 ol.texts { margin: 0; padding-left: 24px; }
 ol.texts li { padding: 1px 8px; border-radius: 5px; }
 ol.texts li.true { color: var(--right); background: var(--right-tint); font-weight: 600; }
@@ -94,6 +102,20 @@ class Retrieval:
         expected = (len(self.texts), len(self.pictures))
         if self.similarity.shape != expected:
             raise ValueError(f"similarity is {self.similarity.shape}, but texts and pictures are {expected}")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A text and the pictures nearest to it, in one row or several.
+
+    Attributes:
+        note: what is told under the text.
+        rows: a label (empty for none) and hits: picture, similarity, whether it is the true one.
+    """
+
+    text: str
+    note: str
+    rows: Sequence[tuple[str, Sequence[tuple[Image.Image, float, bool]]]]
 
 
 @dataclass(frozen=True)
@@ -137,6 +159,23 @@ class Report:
         body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
         self._panel(f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>")
 
+    def before_after(self, rows: Sequence[tuple[str, float, float]], what: str = "score") -> None:
+        """Scores by name, before and after, with what changed: a gain green, a loss red.
+
+        Args:
+            what: heads the names.
+        """
+        body = ""
+        for name, before, after in rows:
+            change = after - before
+            kind = "same" if abs(change) < 5e-5 else "better" if change > 0 else "worse"
+            signed = f'<td class="{kind}">{change:+.4f}</td>'
+            body += f"<tr><td>{escape(name)}</td>{_cell(before)}{_cell(after)}{signed}</tr>"
+        head = f"<th>{escape(what)}</th>" + "".join(
+            f'<th style="text-align:right">{name}</th>' for name in ("before", "after", "change")
+        )
+        self._panel(f"<table><tr>{head}</tr>{body}</table>")
+
     def bars(self, values: Mapping[str, float], unit: str = "") -> None:
         """One horizontal bar per value, the longest across the panel."""
         largest = max(values.values(), default=0.0) or 1.0
@@ -156,7 +195,8 @@ class Report:
         """A plot for each run and each of `keys` that it logged, over the optimizer steps.
 
         Args:
-            runs: lines of `metrics.jsonl`, as `read_metrics` gives them, by the name of the run.
+            runs: lines of `metrics.jsonl`, as `read_metrics` gives them, by the name of the run, which may be
+                empty where there is one.
         """
         plots = [
             (name, key, [(line["step"], line[key]) for line in lines if key in line])
@@ -174,7 +214,8 @@ class Report:
         figure = Figure(figsize=(10.8, 2.7 * rows), layout="constrained")
         for place, (name, key, points) in enumerate(plots, start=1):
             steps, values = np.array(points, dtype=float).T
-            _plot_curve(figure.add_subplot(rows, CURVE_COLUMNS, place), f"{name}: {key}", steps, values)
+            title = f"{name}: {key}" if name else key
+            _plot_curve(figure.add_subplot(rows, CURVE_COLUMNS, place), title, steps, values)
         self.figure(figure)
 
     def picture_grid(
@@ -217,6 +258,25 @@ class Report:
                 f'<div class="hits" style="--hits:{top}">{hits}</div></div>'
             )
         self._panel("".join(rows))
+
+    def ranked_pictures(self, items: Sequence[Ranked]) -> None:
+        """The pictures nearest to each text; the true one is framed."""
+        blocks = []
+        for item in items:
+            rows = ""
+            for label, hits in item.rows:
+                cells = "".join(
+                    f'<div class="hit{" true" if is_true else ""}">{_thumbnail(picture)}{score:.2f}</div>'
+                    for picture, score, is_true in hits
+                )
+                rows += f'<div class="label">{escape(label)}</div>' if label else ""
+                rows += f'<div class="hits squares" style="--hits:{len(hits)}">{cells}</div>'
+            blocks.append(
+                f'<div class="query"><div>{escape(item.text)}'
+                f'<div class="hit" style="text-align:left">{escape(item.note)}</div></div>'
+                f"<div>{rows}</div></div>"
+            )
+        self._panel("".join(blocks))
 
     def picture_to_texts(self, retrieval: Retrieval, queries: Sequence[int], top: int = 5) -> None:
         """The `top` texts for each picture whose index is in `queries`; the true one is marked."""
@@ -380,6 +440,14 @@ def _plot_curve(axis: Any, title: str, steps: NDArray[Any], values: NDArray[Any]
     for side in ("left", "bottom"):
         axis.spines[side].set_color("#c5ccd8")
     axis.set_xlabel("step", fontsize=8, color="#5d6878")
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    """One of many: a fifth of the bytes of `_picture`."""
+    small, buffer = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    small.save(buffer, format="JPEG", quality=90)
+    return f'<img class="picture" alt="" src="{_data_uri("jpeg", buffer.getvalue())}">'
 
 
 def _picture(picture: Image.Image) -> str:

@@ -64,3 +64,8 @@ class ValidationConfig(Config):
     every: PositiveInt | None = None
     batch_size: PositiveInt = 128
     workers: PositiveInt = 4
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is anything to score on."""
+        return any((self.zero_shot, self.retrieval, self.linear_probe))

@@ -273,6 +273,55 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     search.add_argument("--image", help="look for pictures like this one instead")
     search.add_argument("-k", "--top-k", type=_positive, default=10, help="pictures to print (default: 10)")
 
+    score = command(
+        "score",
+        "score a dual encoder: zero-shot classes, retrieval, linear probe",
+        "runs/adapted/model --zero-shot labelled.csv --caption-column label --templates openai_80",
+        "open_clip:ViT-B-32-quickgelu@openai --retrieval pairs.csv -o scores.json",
+        "runs/adapted/model --probe cars/train cars/test   # class folders, or CLIP_benchmark's layout",
+        "runs/adapted/model --config runs/adapted/config.yaml   # what the run was scored on",
+    )
+    score.add_argument("model", help="a dual encoder: a folder, or open_clip:model@weights")
+    _add_held_out(score)
+    score.add_argument("-o", "--output", metavar="FILE.json", help="also write the scores there")
+
+    merge = command(
+        "merge",
+        "mix the weights of a model and one tuned from it (WiSE-FT), or find the best mix",
+        "open_clip:ViT-B-32-quickgelu@openai runs/adapted/model --alpha 0.5 -o merged",
+        "base tuned --alpha 0,0.25,0.5,0.75,1 --config run.yaml --json sweep.json --plot sweep.png",
+        "base tuned --alpha 0,0.5,1 --zero-shot labelled.csv --by zero_shot_top1 -o merged",
+    )
+    merge.add_argument("base", help="the model that was tuned: a folder, or open_clip:model@weights")
+    merge.add_argument("tuned", help="the model that it became")
+    merge.add_argument(
+        "--alpha",
+        type=_alphas,
+        required=True,
+        metavar="A[,A...]",
+        help="0 is the base, 1 the tuned model; several are scored, each on the data given below",
+    )
+    merge.add_argument("-o", "--output", metavar="FOLDER", help="folder of the merged model")
+    merge.add_argument("--by", metavar="SCORE", help="of several alphas, write the one where this is highest")
+    merge.add_argument("--json", metavar="FILE", help="scores by alpha")
+    merge.add_argument("--plot", metavar="FILE.png", help="scores over alpha")
+    _add_held_out(merge)
+
+    drift = command(
+        "drift",
+        "how far training moved the patch features of a tower, layer by layer",
+        "open_clip:ViT-B-32-quickgelu@openai runs/adapted/model pictures/",
+        "base tuned pictures/ --projector llava/mm_projector.bin   # what an existing VLM loses",
+    )
+    drift.add_argument("before", help="a tower or dual encoder: a folder, or source:model@weights")
+    drift.add_argument("after", help="the one that it became")
+    drift.add_argument("pictures", nargs="*", help="picture files, folders of them, and tars")
+    drift.add_argument("--projector", help="of a VLM that reads `before`: its folder, or mm_projector.bin")
+    drift.add_argument("--count", type=_positive, default=256, help="pictures to take (default: 256)")
+    drift.add_argument("--batch-size", type=_positive, default=8, help="pictures at once (default: 8)")
+    drift.add_argument("-o", "--output", metavar="FILE.json", help="also write the figures there")
+    drift.set_defaults(rest="pictures")
+
     plan = command(
         "plan",
         "tokens, parameters that learn, steps and memory of a config, before any weight is read",
@@ -289,6 +338,40 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="values to change, by their path")
     parser.set_defaults(rest="overrides")
+
+
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group(
+        "held-out data", "files and folders as `contrastive` reads them, or CLIP_benchmark's layout"
+    )
+    data.add_argument("--config", metavar="YAML", help="take the `validation` of a contrastive config")
+    data.add_argument("--zero-shot", metavar="DATA", help="pictures with class names")
+    data.add_argument("--retrieval", metavar="DATA", help="pictures with captions")
+    data.add_argument(
+        "--probe",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="pictures with class names to fit on, and to score",
+    )
+    data.add_argument(
+        "--probe-features",
+        choices=["pooled", "patches", "both"],
+        default="pooled",
+        help="embeddings, or the mean of the patches that a VLM reads (default: pooled)",
+    )
+    data.add_argument(
+        "--templates",
+        metavar="NAME|FILE",
+        help="around class names: openai_80, openai_7, or a file (default: the data's, or the bare name)",
+    )
+    data.add_argument("--classes", metavar="NAME|FILE", help="imagenet, or a file (default: the data's)")
+    data.add_argument("--image-column", default="image", help="of tables (default: image)")
+    data.add_argument("--caption-column", default="caption", help="captions or classes (default: caption)")
+    data.add_argument("--batch-size", type=_positive, default=128, help="pictures at once (default: 128)")
+
+
+def _alphas(text: str) -> list[float]:
+    return [_share(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> int:

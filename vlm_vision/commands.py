@@ -19,7 +19,9 @@ from vlm_vision.errors import ConfigError, DataError, nearest, require
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlm_vision.dual_encoder import DualEncoder
     from vlm_vision.tower import VisionTower
+    from vlm_vision.train.validation_config import ValidationConfig
     from vlm_vision.train.vlm import VisionLanguageModel
 
 
@@ -414,6 +416,112 @@ def search(arguments: argparse.Namespace) -> None:
         print(f"{hit.score:.4f}  {hit.path}")
 
 
+def score(arguments: argparse.Namespace) -> None:
+    from vlm_vision.text_embeddings import TextCache
+    from vlm_vision.train.validation import check_validation, evaluate
+
+    config, output = _held_out(arguments), arguments.output
+    if not config.is_asked:
+        raise ConfigError(
+            "score needs data: --zero-shot, --retrieval, --probe, or --config with `validation`"
+        )
+    check_validation(config)
+    model = _load_onto_device(arguments.model)
+    found = evaluate(model, config, cache=TextCache.of_user())
+    for name, value in found.scores.items():
+        print(f"{name:40} {value:.4f}")
+    if output is None:
+        return
+    content: dict[str, Any] = {"model": arguments.model, "scores": found.scores}
+    content["validation"] = config.model_dump(mode="json", exclude_none=True)
+    if found.zero_shot is not None:
+        confusion = found.zero_shot.found.confusion.tolist()
+        content["zero_shot"] = {"classes": found.zero_shot.data.classes, "confusion": confusion}
+    _write_json(output, content)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    from vlm_vision.train.merge import best_alpha, check_mergeable, mixed, plot_sweep, sweep
+    from vlm_vision.train.validation import check_validation, validate_dual_encoder
+
+    config, alphas, by, output = _held_out(arguments), arguments.alpha, arguments.by, arguments.output
+    if output is not None and Path(output).exists():
+        raise ConfigError(f"{output} is there already: give another folder")
+    if len(alphas) > 1 and not config.is_asked:
+        raise ConfigError("several alphas are scored: give --zero-shot, --retrieval, --probe or --config")
+    if len(alphas) > 1 and (output is None) != (by is None):
+        raise ConfigError("to write the best of several alphas: -o FOLDER --by SCORE")
+    if len(alphas) == 1 and output is None and not config.is_asked:
+        raise ConfigError("merge writes a model: -o FOLDER")
+    if not config.is_asked and (arguments.json or arguments.plot):
+        raise ConfigError(
+            "--json and --plot are of scores: give --zero-shot, --retrieval, --probe or --config"
+        )
+    if arguments.plot is not None:
+        require("train", "matplotlib")
+    check_validation(config)
+    base, tuned = _load_onto_device(arguments.base), _load_onto_device(arguments.tuned)
+    check_mergeable(base, tuned)
+    best = alphas[0]
+    if config.is_asked:
+
+        def scores_of(model: DualEncoder) -> dict[str, float]:
+            scores = validate_dual_encoder(model, config)
+            if by is not None:
+                best_alpha({0.0: scores}, by)  # a name that is wrong shows after the first
+            return scores
+
+        found = sweep(base, tuned, alphas, scores_of)
+        print(f"{'alpha':40} " + " ".join(f"{alpha:>7g}" for alpha in found))
+        for name in next(iter(found.values())):
+            print(f"{name:40} " + " ".join(f"{scores[name]:7.4f}" for scores in found.values()))
+        if arguments.json is not None:
+            rows = [{"alpha": alpha, **scores} for alpha, scores in found.items()]
+            _write_json(arguments.json, {"base": arguments.base, "tuned": arguments.tuned, "sweep": rows})
+        if arguments.plot is not None:
+            plot_sweep(found, arguments.plot)
+        best = best_alpha(found, by) if by is not None else best
+    if output is not None:
+        tuned.load_state_dict(mixed(base.state_dict(), tuned.state_dict(), best))
+        tuned.save_pretrained(output)
+        print(f"{output}: alpha {best:g}" + (f", the best by {by}" if len(alphas) > 1 else ""))
+
+
+def drift(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from vlm_vision.picture_list import list_pictures, open_pictures
+    from vlm_vision.tower import load_tower, saved_folder
+    from vlm_vision.train.drift import drift as compare
+    from vlm_vision.train.drift import open_projector
+
+    pictures = list_pictures(arguments.pictures)
+    step = max(1, len(pictures) // arguments.count)  # evenly over all
+    chosen = pictures[::step][: arguments.count]
+    before, after = (
+        load_tower(source, **({} if saved_folder(source) else {"pooled_head": True}))
+        for source in (arguments.before, arguments.after)
+    )
+    projector = None if arguments.projector is None else open_projector(arguments.projector, before)
+    found = compare(
+        before,
+        after,
+        (_or_raise(picture) for picture in open_pictures(chosen)),
+        projector=projector,
+        batch_size=arguments.batch_size,
+        total=len(chosen),
+    )
+    print(f"{found.pictures} pictures; a VLM reads layer {', '.join(map(str, found.read))}")
+    print(f"{'layer':>9} {'cosine':>8} {'lowest':>8} {'cka':>8} {'change':>8}")
+    for row in found.layers:
+        print(f"{row.layer:>9} {row.cosine:8.4f} {row.cosine_min:8.4f} {row.cka:8.4f} {row.relative:8.4f}")
+    if found.projected is not None:
+        made = found.projected
+        print(f"{'projected':>9} {made.cosine:8.4f} {made.cosine_min:8.4f} {'':8} {made.relative:8.4f}")
+    if arguments.output is not None:
+        _write_json(arguments.output, {"before": arguments.before, "after": arguments.after, **asdict(found)})
+
+
 def plan(arguments: argparse.Namespace) -> None:
     from vlm_vision.config import load_config, read_yaml
     from vlm_vision.train.align_config import AlignConfig
@@ -426,6 +534,53 @@ def plan(arguments: argparse.Namespace) -> None:
         print(plan_align(load_config(AlignConfig, path, overrides), **options))
     else:
         print(plan_contrastive(load_config(ContrastiveConfig, path, overrides), **options))
+
+
+def _held_out(arguments: argparse.Namespace) -> ValidationConfig:
+    """What to score on, of the options that `score` and `merge` share."""
+    from vlm_vision.config import load_config
+    from vlm_vision.train.contrastive_config import ContrastiveConfig
+    from vlm_vision.train.validation_config import ValidationConfig
+
+    given = {"zero_shot": arguments.zero_shot, "retrieval": arguments.retrieval, "probe": arguments.probe}
+    named = [name for name, value in given.items() if value is not None]
+    if arguments.config is not None:
+        if named:
+            option = "--" + named[0].replace("_", "-")
+            raise ConfigError(f"{option} and --config both say what to score on: give one of them")
+        return load_config(ContrastiveConfig, arguments.config).validation
+    columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column")}
+    labelled = {**columns, "templates": arguments.templates, "classes": arguments.classes}
+    tree: dict[str, Any] = {"batch_size": arguments.batch_size}
+    if arguments.zero_shot is not None:
+        tree["zero_shot"] = {"path": arguments.zero_shot, **labelled}
+    if arguments.retrieval is not None:
+        tree["retrieval"] = {"path": arguments.retrieval, **columns}
+    if arguments.probe is not None:
+        train, test = ({"path": path, **labelled} for path in arguments.probe)
+        tree["linear_probe"] = {"train": train, "test": test, "features": arguments.probe_features}
+    return load_config(ValidationConfig, tree)
+
+
+def _load_onto_device(source: str) -> DualEncoder:
+    import torch
+
+    from vlm_vision.dual_encoder import load_dual_encoder
+
+    return load_dual_encoder(source).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+    import json
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _or_raise(picture: Image.Image | DataError) -> Image.Image:
+    if isinstance(picture, DataError):
+        raise picture
+    return picture
 
 
 def _run_folder(arguments: argparse.Namespace) -> Path:

@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from einops import rearrange
+from open_clip import zero_shot_metadata
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,6 +25,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vlm_vision import DualEncoder, VisionTower, ZeroShotClassifier, load_dual_encoder, load_tower
 from vlm_vision.errors import ConfigError, WeightsError
+from vlm_vision.prompts import read_classes, read_templates
+from vlm_vision.text_embeddings import embed_classes
 
 TINY = {
     "embed_dim": 32,
@@ -211,6 +214,28 @@ def test_coca_embeddings_equal_open_clips(tmp_path: Path) -> None:
     pixels, tokens = torch.randn(2, 3, 32, 32), ours.tokenizer(WORDS)
     assert worst(ours.encode_image(pixels), model.encode_image(pixels)) <= 1e-6  # measured 0
     assert worst(ours.encode_text(tokens), model.encode_text(tokens)) <= 1e-6  # measured 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("openai_80", zero_shot_metadata.OPENAI_IMAGENET_TEMPLATES),
+        ("openai_7", zero_shot_metadata.SIMPLE_IMAGENET_TEMPLATES),
+    ],
+)
+def test_class_embeddings_of_named_templates_equal_open_clips(
+    ours: str, theirs: Any, tiny: open_clip.CLIP, tiny_file: Path
+) -> None:
+    model = load_dual_encoder({"backbone": node(tiny_file)})
+    classes = read_classes("imagenet")[::25]
+    expected = open_clip.build_zero_shot_classifier(tiny, model.tokenizer, classes, theirs, 10)  # [E,C]
+    found = embed_classes(model, classes, read_templates(ours))
+    assert worst(found.T, expected) <= 1e-6  # measured 9e-8
+    doubled = embed_classes(model, [*classes, *classes[:2]], read_templates(ours))
+    assert torch.equal(doubled, torch.cat([found, found[:2]]))
+    classifier = ZeroShotClassifier(model, "imagenet", "openai_7").class_embeddings
+    assert classifier.shape == (998, 32)  # two names stand twice
 
 
 @torch.no_grad()

@@ -31,6 +31,9 @@ COMMANDS = (
     "zero-shot",
     "index",
     "search",
+    "score",
+    "merge",
+    "drift",
     "plan",
 )
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -51,7 +51,7 @@ def test_labels_are_names_numbers_or_synsets() -> None:
     assert class_numbers([synsets[2], *synsets], classes, "x.csv") == [2, 0, 1, 2, 3]
     with pytest.raises(DataError, match="several classes are called 'missile'; give labels as numbers"):
         class_numbers(["missile"], classes, "x.csv")
-    with pytest.raises(DataError, match="x.csv: label 'tensh' is no class; did you mean 'tench'"):
+    with pytest.raises(DataError, match=r"x.csv: label 'tensh' is no class; did you mean 'tench'"):
         class_numbers(["tench", "tensh"], classes, "x.csv")
     with pytest.raises(DataError, match="label '4' is no class"):
         class_numbers(["4"], classes, "x.csv")

@@ -140,7 +140,7 @@ def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.
     assert TextCache.of_user().folder == tmp_path / "home" / "vlm_vision" / "texts"  # type: ignore[union-attr]
     (tmp_path / "file").touch()
     monkeypatch.setenv("VLM_VISION_CACHE", str(tmp_path / "file" / "x"))
-    with pytest.raises(ConfigError, match="cannot be written .*set VLM_VISION_CACHE"):
+    with pytest.raises(ConfigError, match=r"cannot be written .*set VLM_VISION_CACHE"):
         TextCache.of_user()
 
 

@@ -150,7 +150,7 @@ def test_held_out_data_are_checked_before_training(data: ZeroShotConfig) -> None
     for key in ("zero_shot", "retrieval"):
         with pytest.raises(DataError, match="does not exist"):
             check_validation(ValidationConfig(**{key: {"path": "absent.csv"}}))
-    with pytest.raises(ConfigError, match="templates 'openai_8': no such file.*did you mean 'openai_80'"):
+    with pytest.raises(ConfigError, match=r"templates 'openai_8': no such file.*did you mean 'openai_80'"):
         check_validation(ValidationConfig(zero_shot=data.model_copy(update={"templates": "openai_8"})))
     with pytest.raises(ConfigError, match=r"templates must each hold one \{\}"):
         load_config(ValidationConfig, {"zero_shot": {"path": data.path, "templates": ["no mark"]}})
