@@ -1,8 +1,8 @@
-"""Which pictures each step of a run shows: a function of (seed, epoch, place), the same on any number of ranks.
+"""Which pictures each step of a run shows: a function of (seed, epoch, place), the same on any ranks.
 
 An epoch is a row of slots, of which step after step takes the next batch. Slot k lies in lane k % lanes, and
 belongs to rank k % world: where the ranks divide the lanes, a lane is one rank's for good, so a rank that
-reads tars reads only those of its own lanes. Whatever the tars hold, each step has as many slots as any other.
+reads tars reads only those of its own lanes. Whatever the tars hold, every step has as many slots.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ class ShardShuffle:
         for turn in np.unique(which):
             shard, mine = int(shards[turn]), which == turn
             order = _shard_order(int(self._counts[shard]), seed, lap, source, shard + 1)
-            found[mine] = (
-                self._starts[shard] + order[places[mine] - ends[turn] + self._counts[shard]]
-            )
+            found[mine] = self._starts[shard] + order[places[mine] - ends[turn] + self._counts[shard]]
         return found
 
 
@@ -83,7 +81,7 @@ class EpochOrder:
 
     Args:
         shuffles: of the sources.
-        weights: how often an epoch shows each picture of a source.
+        weights: how often an epoch shows each picture of a source; None is once.
         lanes: that slots are dealt to; 1 where pictures may be read in any order.
 
     Attributes:
@@ -91,17 +89,22 @@ class EpochOrder:
     """
 
     def __init__(
-        self, shuffles: Sequence[Shuffle], seed: int, *, weights: Sequence[float] = (1.0,), lanes: int = 1
+        self,
+        shuffles: Sequence[Shuffle],
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+        lanes: int = 1,
     ) -> None:
         self._shuffles, self._seed, self.lanes = shuffles, seed, lanes
-        pairs = zip(weights, shuffles, strict=True)
+        pairs = zip(weights or [1.0] * len(shuffles), shuffles, strict=True)
         self._sizes = [max(1, round(weight * shuffle.pictures)) for weight, shuffle in pairs]
         self._offsets = np.cumsum([0, *self._sizes])
         self._first = np.cumsum([0, *(shuffle.pictures for shuffle in shuffles)])
         self.size = sum(self._sizes)
 
     def draws(self, epoch: int, slots: Places) -> Places:
-        """Which picture each slot shows, plus the number of pictures for each time the epoch showed it before."""
+        """The picture of each slot, plus the number of all for each time that the epoch has shown it."""
         lanes, places = slots % self.lanes, slots // self.lanes
         found = np.empty_like(slots)
         sources, numbers = self._in_lanes(epoch, lanes, places)
@@ -179,8 +182,8 @@ class EpochBatches(Sampler[list[SampleKey]]):
             raise DataError(f"batch_size {batch_size} does not divide among {world} ranks")
         if order.lanes > 1 and order.lanes % world:
             raise ConfigError(
-                f"lanes {order.lanes} do not divide among {world} ranks: set data.lanes to a multiple of {world}, "
-                "and keep it for the whole run, since it changes the order"
+                f"lanes {order.lanes} do not divide among {world} ranks: set data.lanes to a multiple "
+                f"of {world}, and keep it for the whole run, since it changes the order"
             )
         self.order, self.batch_size = order, batch_size
         self.start, self.stop, self.rank, self.world = start, stop, rank, world

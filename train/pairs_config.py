@@ -65,8 +65,14 @@ class PairsConfig(Config):
 DataConfig = PairsConfig | Annotated[tuple[PairsConfig, ...], Field(min_length=1)]
 
 
+class DataNode(Config):
+    """What of a run's config is its data: one source, or several that are mixed by their weights."""
+
+    data: DataConfig
+
+
 def source_nodes(config: DataConfig) -> tuple[PairsConfig, ...]:
-    """The sources of a run's data: one, or several that are mixed by their weights."""
+    """The sources of a run's data."""
     return (config,) if isinstance(config, PairsConfig) else config
 
 

@@ -47,7 +47,9 @@ def find_shards(path: str) -> list[str]:
         DataError: there are none, one is not there, or they are no plain tars.
     """
     if path.startswith("pipe:"):
-        raise DataError(f"{path!r}: commands are not run; copy the tars, or name them by s3://, gs:// or hf://")
+        raise DataError(
+            f"{path!r}: commands are not run; copy the tars, or name them by s3://, gs:// or hf://"
+        )
     if path.startswith(HUB):
         return []
     if path.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
@@ -96,15 +98,12 @@ class Shards:
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self.counts = self._count()
         self._ends = np.cumsum(self.counts)
+        self.num_pairs = len(self)
         if not len(self):
             raise DataError(f"{config.path}: no sample in {len(self.shards):,} tar(s)")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def num_pairs(self) -> int:
-        return len(self)
 
     def texts(self, index: int) -> tuple[list[str], list[str]]:
         config, record = self.config, None
@@ -122,9 +121,13 @@ class Shards:
                 raise DataError(f"{self.place(index)}: has no caption")
             return captions, []
         negatives = self._in_record(record or self._record(index), config.negative_column, index)
-        negatives = [str(text).strip() for text in (negatives if isinstance(negatives, list) else [negatives])]
+        negatives = [
+            str(text).strip() for text in (negatives if isinstance(negatives, list) else [negatives])
+        ]
         if len(negatives) != len(captions):
-            raise DataError(f"{self.place(index)}: has {len(captions)} captions, but {len(negatives)} negatives")
+            raise DataError(
+                f"{self.place(index)}: has {len(captions)} captions, but {len(negatives)} negatives"
+            )
         both = [pair for pair in zip(captions, negatives, strict=True) if all(map(config.is_caption, pair))]
         if not both:
             raise DataError(f"{self.place(index)}: has no caption with a negative")
@@ -154,7 +157,7 @@ class Shards:
         return ShardShuffle(self.counts, seed, source)
 
     def check_room(self, lanes: int) -> None:
-        """Refuse to read more tars at once than the local copies may take: each would be fetched again and again.
+        """Refuse to read more tars at once than may be copied: they would be fetched again and again.
 
         Args:
             lanes: that the processes of this machine read.
@@ -247,6 +250,8 @@ class Shards:
             content = os.pread(self._file(shard).fileno(), size, int(known.offsets[number, column]))
         except OSError as error:
             raise SourceError(f"{self.shards[shard]}: cannot be read: {error}") from error
+        if len(content) < size:
+            raise DataError(f"{self.place(index)}: the tar ends within its {suffix}")
         return content
 
     def _file(self, shard: int) -> IO[bytes]:

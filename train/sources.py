@@ -1,4 +1,4 @@
-"""Where pictures with captions come from: tables in files, folders, hub data sets; and tars (see `shards`)."""
+"""Where pictures with captions come from: tables in files, folders, hub data sets; tars are in `shards`."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Table:
         self._root = os.path.realpath(_image_folder(config))
         self._class_names = getattr(self._table.features[config.caption_column], "names", None)
         rows, places, missing = self._find_captions()
-        self.bad_rows = [
+        self.bad_rows: Sequence[str] = [
             *(f"{config.path}, row {row + 1}: {reason}" for row, reason in malformed.items()),
             *(f"{config.path}, row {self._number(row)}: {reason}" for row, reason in missing),
         ]
@@ -191,7 +191,8 @@ class Table:
         for column in (config.image_column, config.caption_column, config.negative_column):
             if column is not None and column not in known:
                 raise DataError(
-                    f"{config.path}: no column {column!r}{nearest(column, known)} (columns: {', '.join(known)})"
+                    f"{config.path}: no column {column!r}{nearest(column, known)} "
+                    f"(columns: {', '.join(known)})"
                 )
 
     def _check_captions(self) -> None:
@@ -217,8 +218,8 @@ class Table:
             negative_rows, negative_places, has_negative = self._entries(config.negative_column)
             if not (np.array_equal(rows, negative_rows) and np.array_equal(places, negative_places)):
                 raise DataError(
-                    f"{config.path}: columns {config.caption_column!r} and {config.negative_column!r} have not "
-                    "as many texts in each row"
+                    f"{config.path}: columns {config.caption_column!r} and {config.negative_column!r} have "
+                    "not as many texts in each row"
                 )
             without = np.flatnonzero(good & ~has_negative).tolist()
             reasons.update(dict.fromkeys(without, config.negative_column))
@@ -230,7 +231,7 @@ class Table:
         return rows[good], places[good], missing
 
     def _entries(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Row and place of every text of a column, and whether it says anything; an empty list counts as one."""
+        """Row and place of each text of a column, and whether it says anything; an empty list is one text."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -264,7 +265,8 @@ class Table:
         import pyarrow.compute as pc
 
         if self._class_names is not None and name == self.config.caption_column:
-            return pc.fill_null(pc.greater_equal(texts, 0), False).to_numpy(zero_copy_only=False)
+            known: NDArray[np.bool_] = pc.fill_null(pc.greater_equal(texts, 0), False).to_numpy(False)
+            return known
         try:
             words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(texts, pa.large_string())))
         except pa.ArrowException as error:
@@ -272,7 +274,9 @@ class Table:
                 f"{self.config.path}: captions must be text, not {texts.type} ({first_line(error)})"
             ) from error
         none = pa.array(["", *self.config.missing_captions], pa.large_string())
-        return pc.and_(words.is_valid(), pc.invert(pc.is_in(words, none))).to_numpy(zero_copy_only=False)
+        says = pc.and_(words.is_valid(), pc.invert(pc.is_in(words, none)))
+        found: NDArray[np.bool_] = says.to_numpy(zero_copy_only=False)
+        return found
 
     def _picture_of_row(self) -> NDArray[np.int64]:
         """A number for each row, the same where rows name the same picture file."""
@@ -447,7 +451,7 @@ def _csv_header(path: Path) -> tuple[str, list[str]]:
 
 
 def _malformed_rows(path: str, kind: str) -> tuple[int, dict[int, str]]:
-    """Count the rows of a CSV or JSONL that does not load as a whole, and find those to blame, with reasons."""
+    """Rows of a CSV or JSONL that does not load as a whole, and those of them to blame, with reasons."""
     count, malformed = 0, {}
     for count, (line, row, reason) in enumerate(_rows(Path(path), kind), start=1):
         if row is None:
@@ -481,11 +485,11 @@ def _rows(path: Path, kind: str) -> Iterator[tuple[int, str | list[str] | None, 
             separator, columns = _csv_header(path)
             reader = csv.reader(file, delimiter=separator)
             next(reader, None)
-            for row in reader:
-                fits = len(row) <= len(columns)
-                reason = "" if fits else f"{len(row)} fields, where the header has {len(columns)}"
-                if row:
-                    yield reader.line_num, row if fits else None, reason
+            for cells in reader:
+                fits = len(cells) <= len(columns)
+                reason = "" if fits else f"{len(cells)} fields, where the header has {len(columns)}"
+                if cells:
+                    yield reader.line_num, cells if fits else None, reason
             return
         for number, line in enumerate(file, start=1):
             if not line.strip():

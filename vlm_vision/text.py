@@ -44,11 +44,13 @@ class Tokenizer:
 
     def is_truncated(self, text: str) -> bool:
         """Whether a caption is longer than the context and loses its end."""
+        return self.length(text) > self.context_length
+
+    def length(self, text: str) -> int:
+        """Tokens of a whole caption, its start and end among them."""
         if hasattr(self._encode, "encode"):
-            length = len(self._encode.encode(text)) + 2  # its start and end tokens
-        else:
-            length = len(self._encode.tokenizer(self._encode.clean_fn(text))["input_ids"])
-        return length > self.context_length
+            return len(self._encode.encode(text)) + 2
+        return len(self._encode.tokenizer(self._encode.clean_fn(text))["input_ids"])
 
 
 @dataclass
