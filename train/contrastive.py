@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,16 +20,17 @@ from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
 from vlm_vision.errors import ConfigError, DataError, nearest, require
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive_config import ContrastiveConfig, LossConfig
+from vlm_vision.train.contrastive_report import BAD_FILE, REPORT_FILE, write_contrastive_report
 from vlm_vision.train.depth import changes_patches, last_blocks
 from vlm_vision.train.learner import Learner
 from vlm_vision.train.objective import Objective
 from vlm_vision.train.optim import apply_rules, trainable_summary
-from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs, write_bad_list
+from vlm_vision.train.pairs import BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process
-from vlm_vision.train.validation import check_validation, validate_dual_encoder
+from vlm_vision.train.validation import Evaluation, check_validation, evaluate, validate_dual_encoder
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
@@ -64,7 +65,7 @@ def train_contrastive(
     pairs = Pairs(config.data)
     check_validation(config.validation)  # what is wrong with it shows now, not when training is done
     prepared = prepare_model(config, pairs.num_pairs)
-    total_steps = config.total_steps(len(pairs))
+    total_steps = config.total_steps(pairs.epoch_size)
     if start >= total_steps:
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
     if ranks.rank == 0:
@@ -87,21 +88,29 @@ def train_contrastive(
     state = learner.state()
     del objective, learner
     scores: dict[str, float] = {}
-    finished = {"model": state["learnt"], "model_ema": state.get("average", {})}
-    for name, learnt in finished.items():
-        if not learnt:
+    after, found_after = prepared.model, Evaluation()
+    # The averaged weights first, so that what is reported of in the end are the last ones.
+    for name, prefix, learnt in (
+        ("model_ema", "ema_", state.get("average")),
+        ("model", "", state["learnt"]),
+    ):
+        if learnt is None:
             continue
-        model = prepare_model(config, pairs.num_pairs).model
-        merge_lora(_with_learnt(model, learnt)).eval()
+        after = merge_lora(_with_learnt(prepare_model(config, pairs.num_pairs).model, learnt)).eval()
         if run.is_main:
-            model.save_pretrained(run.folder / name)
-        prefix = "" if name == "model" else "ema_"
-        model.to(ranks.device)
-        for key, value in validate_dual_encoder(model, config.validation, group=ranks.group).items():
-            scores[f"{prefix}{key}"] = value
-        run.log(total_steps, **{key: value for key, value in scores.items() if key.startswith(prefix)})
+            after.save_pretrained(run.folder / name)
+        found_after = evaluate(after.to(ranks.device), config.validation, group=ranks.group)
+        scores |= {f"{prefix}{key}": value for key, value in found_after.scores.items()}
+    run.log(total_steps, **scores)
     run.close()
     ranks.leave()
+    if run.is_main and config.report:
+        before = None if prepared.recipe == "scratch" else load_start(config).to(ranks.device)
+        projector = config.projector
+        write_contrastive_report(
+            run.folder, before, after, config, found_after=found_after, projector=projector
+        )
+        print(f"report: {run.folder / REPORT_FILE}")
     return scores or {"loss": loss}
 
 
@@ -110,7 +119,7 @@ def _train(
 ) -> float:
     """Every step from `start` on; gives the last loss."""
     config, model, total_steps = learner.config, learner.objective.model, learner.total_steps
-    bad = BadPictures(run.folder / "bad_samples.jsonl", pairs)
+    bad = BadSamples(run.folder / BAD_FILE, pairs, is_main=run.is_main)
     meter, best = _Meter(config.batch_size), -math.inf
     learner.train_mode()
     last_save = time.monotonic()
@@ -119,11 +128,14 @@ def _train(
             if isinstance(batch, DataError):
                 raise batch
             meter.waited()
-            bad.note(batch.bad)
             is_due = config.save_minutes is not None and run.is_main
             is_due = is_due and time.monotonic() - last_save > 60 * (config.save_minutes or 0)
             used_lr = learner.schedule.get_last_lr()[0]
-            result = learner.step(batch, step, asks=(float(terminated.is_set), float(is_due)))
+            asks = (float(terminated.is_set), float(is_due), float(len(batch.bad)))
+            result = learner.step(batch, step, asks=asks)
+            must_stop, must_save, any_bad = (bool(asked) for asked in result.asks)
+            if any_bad:
+                bad.note(learner.ranks.gather(batch.bad))
             if step == start + 1:
                 check_lora_gradients(model)
             meter.note(batch, result.skipped)
@@ -140,7 +152,6 @@ def _train(
                     accuracy=result.accuracy,
                     **meter.rates(),
                 )
-            must_stop, must_save = (bool(asked) for asked in result.asks)
             is_last = step == total_steps
             must_save |= config.save_every is not None and step % config.save_every == 0
             if (must_save or must_stop) and not is_last:
@@ -213,7 +224,7 @@ class Prepared:
         source = "" if config.lr else f" ({RECIPES[self.recipe].source})"
         print(f"recipe {self.recipe!r}: {self.reason}; peak learning rate {self.lr:g}{source}")
         if pairs.dropped:
-            print(f"{pairs.dropped} row(s) without a caption were left out")
+            print(f"{pairs.dropped} row(s) without a caption were left out; {BAD_FILE} lists them")
         for part, (count, total) in trainable_summary(self.model).items():
             print(f"  {part}: {count:,} of {total:,} parameters learn")
         if not changes_patches(self.model):
@@ -232,9 +243,7 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
         ConfigError: a recipe or rules that do not fit the model, or that leave patch features for a VLM as
             they are.
     """
-    torch.manual_seed(config.seed)
-    source = config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
-    model = load_dual_encoder(source)
+    model = load_start(config)
     recipe, reason = choose_recipe(config.recipe, num_pairs, for_vlm=config.for_vlm)
     _set_temperature(model, config, recipe)
     names = [name for name, _ in model.named_parameters()]
@@ -249,6 +258,14 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
             f"{model.config.layer or 'default'} depend on; raise last_n, or use lora or full"
         )
     return Prepared(model, rules, config.lr or RECIPES[recipe].lr, recipe, reason)
+
+
+def load_start(config: ContrastiveConfig) -> DualEncoder:
+    """The model that a run starts from, random weights included."""
+    torch.manual_seed(config.seed)
+    return load_dual_encoder(
+        config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
+    )
 
 
 def effective_loss(config: ContrastiveConfig) -> LossConfig:
@@ -289,45 +306,34 @@ def _batches(
     model: DualEncoder, pairs: Pairs, config: ContrastiveConfig, start: int, stop: int, ranks: Ranks
 ) -> Iterator[Batch | DataError]:
     """This rank's share of every batch, with pictures to be kept beside it where the config replays any."""
-    from torch.utils.data import DataLoader
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "start": start,
+        "stop": stop,
+        "rank": ranks.rank,
+        "world": ranks.world,
+        "workers": config.workers,
+    }
+    parts = model.image_processor, model.tokenizer, config.augment
+    batches = iter(training_loader(pairs, *parts, batch_size=config.batch_size, **settings))
+    keep = config.loss.keep
+    if keep is None or keep.data is None:
+        return batches
+    others = Pairs(keep.data)
+    size = min(keep.batch_size, len(others) // ranks.world * ranks.world)
+    return _with_replay(batches, iter(training_loader(others, *parts, batch_size=size, **settings)))
 
-    dataset = TrainingPairs(pairs, model.image_processor, model.tokenizer, config.augment, config.seed)
-    sampler = EpochBatches(len(pairs), config.batch_size, config.seed, start, stop, ranks.rank, ranks.world)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=lambda batch: batch,
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return iter(loader)
 
-
-class BadPictures:
-    """Pictures that could not be read: each is listed once, in `path`, and bounded by the config's share."""
-
-    def __init__(self, path: Path, pairs: Pairs) -> None:
-        self.path = path
-        self.allowed = pairs.config.max_bad_share * len(pairs)
-        self.listed: set[str] = set()
-
-    def note(self, errors: Sequence[str]) -> None:
-        """Add the errors of a batch.
-
-        Raises:
-            DataError: more pictures than the config allows.
-        """
-        new = [error for error in dict.fromkeys(errors) if error not in self.listed]
-        if not new:
-            return
-        write_bad_list(self.path, new)
-        self.listed.update(new)
-        if len(self.listed) > self.allowed:
-            raise DataError(
-                f"{len(self.listed)} pictures cannot be read, max_bad_share allows {self.allowed:g}; "
-                f"they are listed in {self.path}"
-            )
+def _with_replay(
+    batches: Iterator[Batch | DataError], others: Iterator[Batch | DataError]
+) -> Iterator[Batch | DataError]:
+    for batch, other in zip(batches, others, strict=True):
+        if isinstance(other, DataError):
+            yield other
+        elif isinstance(batch, DataError):
+            yield batch
+        else:
+            yield replace(batch, replay=other.squares, bad=batch.bad + other.bad)
 
 
 # --- What is told

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.config import Config
 from vlm_vision.tower_config import TowerConfig
-from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig, Share
+from vlm_vision.train.pairs_config import AugmentConfig, DataConfig, Share
 from vlm_vision.train.rules import Rule
 from vlm_vision.train.validation_config import ValidationConfig
 
@@ -42,7 +42,7 @@ class KeepConfig(Config):
     """
 
     weight: PositiveFloat = 1.0
-    data: PairsConfig | None = None
+    data: DataConfig | None = None
     batch_size: PositiveInt = 64
 
 
@@ -124,14 +124,14 @@ class ContrastiveConfig(Config):
         save_every, save_minutes: optimizer steps, or time, between checkpoints; None saves none on the way.
         keep_checkpoints: the newest so many stay.
         best_by: a validation score; the model with the best one is saved as `best`.
-        drift_pictures: pictures on which patch features before and after are compared at the end; 0 for none.
+        report: write `report.html` at the end: curves, scores before and after, retrieval, drift of features.
         projector: a projector trained on this tower's features before the run, to tell what it loses.
         workers: processes that decode pictures; 0 decodes in the training process.
         wandb: a Weights & Biases project to log to as well.
     """
 
     model: str | TowerConfig
-    data: PairsConfig
+    data: DataConfig
     validation: ValidationConfig = ValidationConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
@@ -166,7 +166,7 @@ class ContrastiveConfig(Config):
     save_minutes: PositiveFloat | None = None
     keep_checkpoints: PositiveInt = 2
     best_by: str | None = None
-    drift_pictures: NonNegativeInt = 256
+    report: bool = True
     projector: str | None = None
     workers: NonNegativeInt = 1
     seed: NonNegativeInt = 0

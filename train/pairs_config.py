@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vlm_vision.config import Config
 
@@ -12,24 +12,42 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PairsConfig(Config):
-    """Pictures with captions.
+    """One source of pictures with captions.
 
     Attributes:
-        path: CSV, TSV, JSONL or parquet file, or a folder of class folders (`folder/cat/1.jpg`).
-        image_column: paths (relative to `image_folder`) or encoded bytes.
+        path: a CSV, TSV, JSONL or parquet file, several parquet files (`data/*.parquet`, or their folder), a
+            folder of class folders (`folder/cat/1.jpg`), tars as webdataset packs them
+            (`shards/{0..9}.tar`, `s3://bucket/shards/*.tar`, or their folder), or a data set of the hub or a
+            folder like one (`hub:owner/name@split`, `hub:owner/name:subset@split`).
+        image_column: paths (relative to `image_folder`) or encoded bytes. Tars have their picture files.
         caption_column: captions, or class names where `templates` are given. Rows that share a picture give
-            it several captions, one of which is drawn each epoch.
+            it several captions, one of which is drawn each time; so does a list. In tars `caption` is the
+            .txt file, a caption per line; where there is none, or for another name, a key of the .json file.
+        negative_column: a caption for each caption that does not fit its picture; in tars a key of the .json
+            file. None has none.
         image_folder: None means the folder of the file.
         templates: one is drawn per picture and epoch; `{}` takes the caption.
-        max_bad_share: pictures that cannot be read are replaced, counted and listed up to this share.
+        missing_captions: words that a missing cell turned into, in lower case: they are no captions.
+        max_bad_share: rows without a caption, and pictures that cannot be read, are left out or replaced,
+            counted and listed, each up to this share; beyond it they are an error.
+        weight: how often an epoch shows each picture: 2 is twice, 0.5 one half in one epoch and the other in
+            the next.
+        lanes: tars are read in so many rows beside each other, and a process reads only the tars of its own:
+            as many processes can share them as divide this number.
+        cache_gb: local copies of remote tars take up to so many gigabytes; `lanes` tars are read at once.
     """
 
     path: str
     image_column: str = "image"
     caption_column: str = "caption"
+    negative_column: str | None = None
     image_folder: str | None = None
     templates: tuple[str, ...] = ("{}",)
-    max_bad_share: Share = 0.0
+    missing_captions: tuple[str, ...] = ("nan", "none", "null", "<na>")
+    max_bad_share: Share = 0.01
+    weight: PositiveFloat = 1.0
+    lanes: PositiveInt = 64
+    cache_gb: PositiveFloat = 100.0
 
     @model_validator(mode="after")
     def _templates_take_a_caption(self) -> PairsConfig:
@@ -37,6 +55,25 @@ class PairsConfig(Config):
         if wrong or not self.templates:
             raise ValueError(f"templates must each hold one {{}}, but {wrong or 'there are none'}")
         return self
+
+    def is_caption(self, text: str) -> bool:
+        """Whether a text says anything."""
+        stripped = text.strip()
+        return bool(stripped) and stripped.lower() not in self.missing_captions
+
+
+DataConfig = PairsConfig | Annotated[tuple[PairsConfig, ...], Field(min_length=1)]
+
+
+class DataNode(Config):
+    """What of a run's config is its data: one source, or several that are mixed by their weights."""
+
+    data: DataConfig
+
+
+def source_nodes(config: DataConfig) -> tuple[PairsConfig, ...]:
+    """The sources of a run's data."""
+    return (config,) if isinstance(config, PairsConfig) else config
 
 
 class AugmentConfig(Config):

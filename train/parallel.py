@@ -47,6 +47,14 @@ class Ranks:
         """All of them; None for one process alone."""
         return dist.group.WORLD if self.world > 1 else None
 
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks; each of them must ask."""
+        if self.world == 1:
+            return items
+        everyones: list[list[Any]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(everyones, items)
+        return [item for theirs in everyones for item in theirs]
+
     def leave(self) -> None:
         """Wait for the others, and leave the group if it was joined here."""
         if self.world > 1:

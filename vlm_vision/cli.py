@@ -197,6 +197,37 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "--adapter", metavar="FOLDER", help="merge it first: of PEFT, or a checkpoint of a contrastive run"
     )
 
+    data = command(
+        "data",
+        "check pictures with captions before training, or pack them into tars",
+        "check pairs.csv",
+        "check train.parquet --caption-column class_name -o runs/check   # and a page of plots and samples",
+        "check configs/flickr8k_contrastive.yaml   # its data node",
+        "check 's3://bucket/shards/{0..9}.tar' --workers 8",
+        "pack pairs.csv -o shards",
+        "pack hub:owner/name@train -o shards --shard-size 1000",
+    )
+    data.add_argument("action", choices=["check", "pack"], help="read all of it once, or write tars")
+    data.add_argument(
+        "source",
+        help="a table, folder, tars or hub:owner/name@split (docs/data.md), or a YAML file with a data node",
+    )
+    data.add_argument("-o", "--output", metavar="FOLDER", help="of the report, or of the tars")
+    data.add_argument(
+        "--workers", type=_count, metavar="N", help="processes that decode (default: one for each core)"
+    )
+    columns = data.add_argument_group("of a source that is no YAML file")
+    columns.add_argument("--image-column", metavar="NAME", help="paths or encoded bytes (default: image)")
+    columns.add_argument("--caption-column", metavar="NAME", help="default: caption")
+    columns.add_argument("--negative-column", metavar="NAME", help="captions that do not fit their picture")
+    columns.add_argument("--image-folder", metavar="FOLDER", help="default: that of the table")
+    columns.add_argument(
+        "--max-bad-share", type=_share, metavar="SHARE", help="samples that may be bad (default: 0.01)"
+    )
+    data.add_argument(
+        "--shard-size", type=_positive, metavar="N", help="of pack: samples of a tar (default: 10,000)"
+    )
+
     contrastive = command(
         "contrastive",
         "train or adapt a dual encoder on pictures with captions",
@@ -377,6 +408,12 @@ def _alphas(text: str) -> list[float]:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
     return int(text)
 
 

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vlm_vision.dual_encoder import DualEncoder
+    from vlm_vision.text import Tokenizer
     from vlm_vision.tower import VisionTower
+    from vlm_vision.train.pairs_config import DataConfig
     from vlm_vision.train.validation_config import ValidationConfig
     from vlm_vision.train.vlm import VisionLanguageModel
 
@@ -253,6 +255,63 @@ def export(arguments: argparse.Namespace) -> None:
         print("  its pooled output is zeros, for the same reason; features of patches are complete")
     layers = " and ".join(map(str, written.select_layers))
     print(f"  LLaVA: --vision_tower {output} --mm_vision_select_layer {layers}")
+
+
+def data(arguments: argparse.Namespace) -> None:
+    checks = arguments.action == "check"
+    if checks and arguments.shard_size is not None:
+        raise ConfigError("--shard-size is for data pack")
+    if not checks and arguments.output is None:
+        raise ConfigError("data pack needs a folder for the tars: -o FOLDER")
+    config, tokenizer = _data_of(arguments)
+    workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    if not checks:
+        from vlm_vision.train.data_pack import SHARD_SIZE, pack_data
+
+        size = arguments.shard_size or SHARD_SIZE
+        packed = pack_data(config, arguments.output, shard_size=size, workers=workers)
+        print(f"{arguments.output}: {packed.samples:,} samples in {packed.shards:,} tar(s)")
+        if packed.bad:
+            listed = Path(arguments.output) / "bad_samples.jsonl"
+            print(f"{packed.bad:,} rows or samples left out, listed in {listed}")
+        return
+    from vlm_vision.train.data_check import check_data, write_findings
+
+    findings = check_data(config, tokenizer=tokenizer(), workers=workers)
+    for name, value in findings.table.items():
+        print(f"{name:42} {value}")
+    for reason in findings.bad[:5]:
+        print(f"bad: {reason}")
+    if arguments.output is not None:
+        write_findings(findings, arguments.output, f"Data: {arguments.source}")
+        print(f"report: {Path(arguments.output) / 'report.html'}")
+    if len(findings.bad) > findings.allowed:
+        raise DataError(
+            f"{len(findings.bad):,} rows or samples are bad, max_bad_share allows {findings.allowed:,}: "
+            "mend them, or raise it"
+        )
+
+
+def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], Tokenizer]]:
+    """The sources that a command line names, and the tokenizer of the model that is to read them."""
+    from vlm_vision.config import read_yaml, validate
+    from vlm_vision.dual_encoder import describe_dual_encoder
+    from vlm_vision.text import Tokenizer
+    from vlm_vision.train.pairs_config import DataNode, PairsConfig
+
+    names = ("image_column", "caption_column", "negative_column", "image_folder", "max_bad_share")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if Path(arguments.source).suffix.lower() not in (".yaml", ".yml"):
+        config = validate(PairsConfig, {"path": arguments.source, **given}, "the command line")
+        return config, lambda: Tokenizer({})
+    if given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ConfigError(f"{option}: {arguments.source} says it in its data node; change it there")
+    tree = read_yaml(Path(arguments.source))
+    if "data" not in tree:
+        raise ConfigError(f"{arguments.source}: has no data node (it has: {', '.join(tree)})")
+    node = validate(DataNode, {"data": tree["data"]}, arguments.source).data
+    return node, lambda: describe_dual_encoder(tree["model"]).tokenizer if "model" in tree else Tokenizer({})
 
 
 def contrastive(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -79,11 +79,43 @@ def expand_sources(sources: Sequence[str | Path]) -> list[str]:
     """
     if not sources:
         raise DataError("no picture was given: name picture files, folders of them, or tar files")
-    paths = [path for source in sources for path in _expand(str(source))]
+    paths = [path for source in sources for path in expand_braces(str(source))]
     for path in paths:
         if not Path(path).exists():
             raise DataError(f"picture {path!r} does not exist")
     return paths
+
+
+def members_of_tar(path: str, suffixes: Container[str]) -> Iterator[ListedPicture]:
+    """Where the bytes of a tar's files with these suffixes lie, in their order; only headers are read.
+
+    Raises:
+        DataError: after the last whole member, a tar that is damaged or cut off; a link; a file with holes.
+    """
+    count = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if Path(member.name).suffix.lower() not in suffixes or member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(
+                        f"{path}: {member.name!r} is a link or has holes, so its bytes are not in one place; "
+                        "pack it with tar --dereference --hard-dereference, without --sparse"
+                    )
+                count += 1
+                yield ListedPicture(member.name.removeprefix("./"), path, member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: is no tar, or is cut off: {error}") from error
+    # tarfile takes a damaged header, and the end of the file between two members, for the end of the tar.
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(
+                f"{path}: is cut off or damaged at byte {end:,}, after {count:,} of its files: "
+                "there is neither another member nor the mark of the end; fetch or pack it again"
+            )
 
 
 def check_names(pictures: Sequence[ListedPicture]) -> None:
@@ -126,7 +158,7 @@ def open_pictures(pictures: Iterable[ListedPicture]) -> Iterator[Image.Image | D
                 if picture.file not in tars:
                     tars[picture.file] = stack.enter_context(open(picture.file, "rb"))
                 tars[picture.file].seek(picture.offset)
-                source = _NamedBytes(tars[picture.file].read(picture.size), picture.place)
+                source = NamedBytes(tars[picture.file].read(picture.size), picture.place)
             opened: Image.Image | DataError
             try:
                 opened = open_image(source)
@@ -135,7 +167,7 @@ def open_pictures(pictures: Iterable[ListedPicture]) -> Iterator[Image.Image | D
             yield opened
 
 
-class _NamedBytes(io.BytesIO):
+class NamedBytes(io.BytesIO):
     """Bytes of a picture, with the name that errors tell."""
 
     def __init__(self, content: bytes, filename: str) -> None:
@@ -143,7 +175,12 @@ class _NamedBytes(io.BytesIO):
         self.filename = filename
 
 
-def _expand(source: str) -> list[str]:
+def expand_braces(source: str) -> list[str]:
+    """`{0000..0099}` and `{a,b}` as the paths they stand for, unless a file is so called.
+
+    Raises:
+        DataError: an empty range.
+    """
     braces = _BRACES.search(source)
     if braces is None or Path(source).exists():
         return [source]
@@ -156,7 +193,7 @@ def _expand(source: str) -> list[str]:
     else:
         parts = braces[1].split(",")
     before, after = source[: braces.start()], source[braces.end() :]
-    return [whole for part in parts for whole in _expand(f"{before}{part}{after}")]
+    return [whole for part in parts for whole in expand_braces(f"{before}{part}{after}")]
 
 
 def _pictures_of(source: str) -> Iterator[ListedPicture]:
@@ -177,30 +214,7 @@ def _pictures_of(source: str) -> Iterator[ListedPicture]:
 
 
 def _pictures_of_tar(path: str) -> list[ListedPicture]:
-    found = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if Path(member.name).suffix.lower() not in PICTURE_SUFFIXES or member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DataError(
-                        f"{path}: {member.name!r} is a link or has holes, so its bytes are not in one place; "
-                        "pack it with tar --dereference --hard-dereference, without --sparse"
-                    )
-                name = member.name.removeprefix("./")
-                found.append(ListedPicture(name, path, member.offset_data, member.size))
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: is no tar, or is cut off: {error}") from error
-    # tarfile takes a damaged header, and the end of the file between two members, for the end of the tar.
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(
-                f"{path}: is cut off or damaged at byte {end:,}, after {len(found):,} pictures: "
-                "there is neither another member nor the mark of the end; fetch or pack it again"
-            )
+    found = list(members_of_tar(path, PICTURE_SUFFIXES))
     if not found:
         raise DataError(f"{path}: no picture in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return found

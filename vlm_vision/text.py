@@ -31,8 +31,12 @@ class Tokenizer(ABC):
         """Token ids padded to the context length; what is longer is cut, its end-of-text token kept."""
 
     @abstractmethod
+    def length(self, text: str) -> int:
+        """Tokens of a whole caption, its start and end among them."""
+
     def is_truncated(self, text: str) -> bool:
         """Whether a caption is longer than the context and loses its end."""
+        return self.length(text) > self.context_length
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
@@ -79,12 +83,13 @@ class OpenClipTokenizer(Tokenizer):
         ids: Tensor = self.library([texts] if isinstance(texts, str) else list(texts))
         return ids.to(torch.long)
 
-    def is_truncated(self, text: str) -> bool:
+    def length(self, text: str) -> int:
+        ids: list[int]
         if hasattr(self.library, "encode"):
-            length = len(self.library.encode(text)) + 2  # its start and end tokens
-        else:
-            length = len(self.library.tokenizer(self.library.clean_fn(text), verbose=False)["input_ids"])
-        return length > self.context_length
+            ids = self.library.encode(text)
+            return len(ids) + 2
+        ids = self.library.tokenizer(self.library.clean_fn(text), verbose=False)["input_ids"]
+        return len(ids)
 
     def save_pretrained(self, folder: str | Path) -> None:
         if hasattr(self.library, "tokenizer"):
@@ -132,8 +137,9 @@ class TransformersTokenizer(Tokenizer):
         ids: Tensor = batch["input_ids"]
         return ids
 
-    def is_truncated(self, text: str) -> bool:
-        return len(self.library(text, verbose=False)["input_ids"]) > self.context_length
+    def length(self, text: str) -> int:
+        ids: list[int] = self.library(text, verbose=False)["input_ids"]
+        return len(ids)
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.library.save_pretrained(str(folder))

@@ -211,7 +211,9 @@ class VisionTower(nn.Module):
             raise ConfigError("features beside the pooled embedding take select='patch' and pooled_head=True")
         ascending = sorted(self.layers)
         with attention_kernel(self.config.attention):
-            outputs, embedding = self.backbone.forward_with_pooled(self.check_pixels(pixels, False), ascending)
+            outputs, embedding = self.backbone.forward_with_pooled(
+                self.check_pixels(pixels, False), ascending
+            )
         return self._selected(dict(zip(ascending, outputs, strict=True))), embedding.to(self.device)
 
     def _features(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:

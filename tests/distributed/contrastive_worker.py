@@ -111,7 +111,7 @@ def run_config(data: str, **changes: Any) -> Any:
         "log_every": 1,
         "save_every": 4,
         "workers": 0,
-        "drift_pictures": 0,
+        "report": False,
     }
     return load_config(ContrastiveConfig, {**tree, **changes})
 

@@ -49,6 +49,7 @@ def config(folder: Path, **changes: Any) -> ContrastiveConfig:
         "lr": 1e-3,
         "log_every": 1,
         "workers": 0,
+        "report": False,
     }
     return load_config(ContrastiveConfig, {**tree, **changes})
 

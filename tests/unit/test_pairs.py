@@ -19,10 +19,10 @@ from tiny import captioned_pictures, tiny_dual_encoder
 from vlm_vision.config import load_config
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.train.pairs import Batch, EpochBatches, Pairs, TrainingPairs
+from vlm_vision.train.pairs import Batch, Pairs, TrainingPairs
 from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 
-ROWS = [("0.png", "a red thing"), ("1.png", 'green, "very" green'), ("2.png", "nan"), ("3.png", "007")]
+ROWS = [("0.png", "a red thing"), ("1.png", 'green, "very" green'), ("2.png", "none of it"), ("3.png", "007")]
 
 
 def picture(folder: Path, number: int) -> bytes:
@@ -128,14 +128,32 @@ def test_a_numeric_column_stays_as_it_is_written(tmp_path: Path) -> None:
     assert Pairs(PairsConfig(path=str(tmp_path / "pairs.jsonl"))).captions(0) == ["0"]
 
 
-def test_empty_captions_are_dropped_and_counted(tmp_path: Path) -> None:
-    lines = ("image,caption", "0.png,", "1.png,   ", "2.png,nan", "3.png")
-    pairs = Pairs(csv_of(tmp_path, *lines))
-    assert (pairs.num_pairs, pairs.dropped, pairs.captions(0)) == (1, 3, ["nan"])
-    (tmp_path / "pairs.jsonl").write_text(
-        '{"image": "0.png", "caption": null}\n{"image": "1.png", "caption": "b"}\n'
+def test_rows_without_a_caption_are_left_out_listed_and_bounded(tmp_path: Path) -> None:
+    config = csv_of(
+        tmp_path, "image,caption", "0.png,", "1.png,   ", "2.png,NaN", "3.png", "0.png,None", "1.png,nanny"
     )
-    assert Pairs(PairsConfig(path=str(tmp_path / "pairs.jsonl"))).dropped == 1
+    with pytest.raises(DataError, match=r"5 of 6 rows cannot be used, max_bad_share allows 0.*\n.*row 1: ''"):
+        Pairs(config)
+    pairs = Pairs(config.model_copy(update={"max_bad_share": 5 / 6}))
+    assert (pairs.num_pairs, pairs.dropped, pairs.captions(0)) == (1, 5, ["nanny"])
+    assert [row.split(".csv, ")[1] for row in pairs.bad_rows] == [
+        "row 1: '' in column 'caption' is no caption",
+        "row 2: '' in column 'caption' is no caption",
+        "row 3: 'NaN' in column 'caption' is no caption",
+        "row 4: '' in column 'caption' is no caption",
+        "row 5: 'None' in column 'caption' is no caption",
+    ]
+    kept = Pairs(config.model_copy(update={"max_bad_share": 0.5, "missing_captions": ()}))
+    assert (kept.num_pairs, kept.dropped) == (3, 3)
+
+
+def test_a_null_of_json_is_no_caption(tmp_path: Path) -> None:
+    picture(tmp_path, 0)
+    (tmp_path / "pairs.jsonl").write_text(
+        '{"image": "0.png", "caption": null}\n{"image": "0.png", "caption": "b"}\n'
+    )
+    pairs = Pairs(PairsConfig(path=str(tmp_path / "pairs.jsonl"), max_bad_share=0.5))
+    assert (pairs.dropped, pairs.captions(0)) == (1, ["b"])
 
 
 def test_no_caption_at_all_is_an_error(tmp_path: Path) -> None:
@@ -278,48 +296,3 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path, model: D
     assert np.array_equal(together.squares[1], first._batch([(5, 1)]).squares[0])
     assert not np.array_equal(together.squares[1], first._batch([(6, 1)]).squares[0])
     assert not np.array_equal(together.squares[1], other._batch([(5, 1)]).squares[0])
-
-
-SIZE, BATCH = 23, 4
-
-
-def batches(
-    start: int, stop: int, rank: int = 0, world: int = 1, seed: int = 0
-) -> list[list[tuple[int, int]]]:
-    return list(EpochBatches(SIZE, BATCH, seed, start, stop, rank, world))
-
-
-def test_an_epoch_shows_no_picture_twice() -> None:
-    per_epoch = SIZE // BATCH
-    for epoch in range(3):
-        keys = [key for batch in batches(epoch * per_epoch, (epoch + 1) * per_epoch) for key in batch]
-        assert {key[0] for key in keys} == {epoch}
-        assert len({key[1] for key in keys}) == per_epoch * BATCH
-    assert len(EpochBatches(SIZE, BATCH, 0, 3, 17, 0, 1)) == 14
-    left_out = [set(range(SIZE)) - {i for b in batches(5 * e, 5 * e + 5) for _, i in b} for e in range(3)]
-    assert left_out[0] != left_out[1]  # each epoch leaves others out
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_same_global_batches(world: int) -> None:
-    shares = [batches(0, 12, rank, world) for rank in range(world)]
-    joined = [[key for share in shares for key in share[step]] for step in range(12)]
-    assert joined == batches(0, 12)
-
-
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 11])
-def test_starting_in_the_middle_gives_the_rest(start: int) -> None:
-    assert batches(start, 12) == batches(0, 12)[start:]
-
-
-def test_seeds_and_epochs_order_differently() -> None:
-    assert batches(0, 5) != batches(0, 5, seed=1)
-    assert [i for b in batches(0, 5) for _, i in b] != [i for b in batches(5, 10) for _, i in b]
-
-
-def test_batches_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DataError, match="3 pictures, fewer than one batch of 4: lower batch_size"):
-        EpochBatches(3, 4, 0, 0, 1, 0, 1)
-    with pytest.raises(DataError, match="batch_size 4 does not divide among 3 ranks"):
-        EpochBatches(9, 4, 0, 0, 1, 0, 3)
-    assert len(batches(0, 2)) == 2

@@ -131,7 +131,7 @@ def test_a_damaged_header_in_the_middle_is_refused(shard: Path) -> None:
         start = tar.getmembers()[2].offset
     content[start : start + 512] = b"z" * 512
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=rf"damaged at byte {start:,}, after 1 pictures"):
+    with pytest.raises(DataError, match=rf"damaged at byte {start:,}, after 1 of its files"):
         list_pictures([shard])
 
 

@@ -18,11 +18,10 @@ import open_clip
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from open_clip.transformer import PatchDropout
 from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import PatchDropout, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vlm_vision.backbone import Backbone, BackboneInfo, at_size, grids_of_strides
