@@ -30,7 +30,7 @@ from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process
-from vlm_vision.train.validation import Evaluation, check_validation, evaluate, validate_dual_encoder
+from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
@@ -88,7 +88,7 @@ def train_contrastive(
     state = learner.state()
     del objective, learner
     scores: dict[str, float] = {}
-    after, found_after = prepared.model, Evaluation()
+    after, found_after = prepared.model, None
     # The averaged weights first, so that what is reported of in the end are the last ones.
     for name, prefix, learnt in (
         ("model_ema", "ema_", state.get("average")),

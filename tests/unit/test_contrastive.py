@@ -106,8 +106,8 @@ def test_metrics_tell_the_rate_that_was_used(data: Path, tmp_path: Path) -> None
     for line in lines:
         assert line.keys() == {
             "step", "time", "loss", "grad_norm", "grad_norm_vision", "grad_norm_text", "grad_norm_other",
-            "lr", "logit_scale", "accuracy", "samples_per_second", "data_wait", "duplicates", "truncated_captions",
-            "memory_mb", "skipped_steps",
+            "lr", "logit_scale", "accuracy", "samples_per_second", "data_wait", "duplicates",
+            "truncated_captions", "memory_mb", "skipped_steps",
         }  # fmt: skip
         parts = (line["grad_norm_vision"], line["grad_norm_text"], line["grad_norm_other"])
         assert math.hypot(*parts) == pytest.approx(line["grad_norm"])
@@ -424,7 +424,7 @@ def test_unreadable_pictures_are_listed_once_and_bounded(data: Path, tmp_path: P
 
     pairs["max_bad_share"] = 1 / PICTURES
     with pytest.raises(
-        DataError, match=r"2 pictures cannot be read, max_bad_share allows 1; they are listed in"
+        DataError, match=r"2 samples cannot be read, max_bad_share allows 1; they are listed in"
     ):
         train_contrastive(config(data, data=pairs, steps=4 * PER_EPOCH), tmp_path / "second")
 
