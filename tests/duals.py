@@ -118,10 +118,10 @@ def saved(kind: str, folder: Path) -> tuple[Any, Path]:
     return model, folder
 
 
-def dual(kind: str, folder: Path) -> DualEncoder:
+def dual(kind: str, folder: Path, **overrides: Any) -> DualEncoder:
     """Of a kind in `EVERY`; `folder` gets the files that it is loaded from, if it is loaded from files."""
     if kind in KINDS:
-        return load_dual_encoder(f"transformers:{saved(kind, folder / 'library')[1]}")
+        return load_dual_encoder(f"transformers:{saved(kind, folder / 'library')[1]}", **overrides)
     nodes = {"open_clip": OPEN_CLIP, "open_clip, ResNet": RESNET["backbone"]}
     if kind not in nodes:
         if not timm.is_model(SIGLIP_TRUNK):
@@ -131,7 +131,7 @@ def dual(kind: str, folder: Path) -> DualEncoder:
         clip_tokenizer_files(folder / "tokenizer")
         nodes[kind] = {**SIGLIP, "tokenizer": str(folder / "tokenizer")}
     torch.manual_seed(0)
-    model: DualEncoder = stirred(load_dual_encoder({"backbone": nodes[kind]}))
+    model: DualEncoder = stirred(load_dual_encoder({"backbone": nodes[kind]}, **overrides))
     return model
 
 

@@ -186,11 +186,15 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "open_clip:ViT-L-14-336-quickgelu@openai --to clip -o clip",
         "runs/stage2/model --to clip -o clip",
         "runs/adapted/model --to open_clip -o adapted",
+        "runs/adapted/model --to transformers -o adapted",
         "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
     )
     export.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
     export.add_argument(
-        "--to", choices=["clip", "open_clip"], required=True, help="a CLIPVisionModel, or open_clip's model"
+        "--to",
+        choices=["clip", "open_clip", "transformers"],
+        required=True,
+        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     export.add_argument(

@@ -229,15 +229,19 @@ def features(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     from vlm_vision.adapters import load_adapter
     from vlm_vision.dual_encoder import load_dual_encoder
-    from vlm_vision.export import export_clip, export_open_clip, load_whole_tower
+    from vlm_vision.export import export_clip, export_open_clip, export_transformers, load_whole_tower
 
     output = Path(arguments.output)
     if output.exists():
         raise ConfigError(f"{output} is there already: give another folder")
-    if arguments.to == "open_clip":
+    if arguments.to in ("open_clip", "transformers"):
         model = load_dual_encoder(arguments.source)
         if arguments.adapter is not None:
             load_adapter(model, arguments.adapter)
+        if arguments.to == "transformers":
+            name = export_transformers(model, output)
+            print(f"{output}: transformers.{name}.from_pretrained, and AutoProcessor.from_pretrained")
+            return
         export_open_clip(model, output)
         print(f"{output}: open_clip.create_model_and_transforms('local-dir:{output}')")
         return

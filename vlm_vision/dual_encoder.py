@@ -52,6 +52,7 @@ class DualEncoder(nn.Module):
         self.tower = tower
         self.image_projection = text.image_projection and text.image_projection.to(tower.dtype)
         self.text = text.encoder.to(tower.dtype)
+        self.text_decoder = text.text_decoder and text.text_decoder.to(tower.dtype)
         self.tokenizer: Tokenizer = text.tokenizer
         self.logit_scale = nn.Parameter(torch.tensor(text.logit_scale))
         bias = None if text.logit_bias is None else nn.Parameter(torch.tensor(text.logit_bias))

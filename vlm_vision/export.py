@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm_vision.architectures import transformers_config
+from vlm_vision.architectures import open_clip_architecture, transformers_config
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError
 from vlm_vision.files import whole_folder
 from vlm_vision.layouts import convert
+from vlm_vision.tokenizer_files import is_clip_tokenizer, write_tokenizer
 from vlm_vision.tower import CONFIG_FILE, WEIGHTS_FILE, VisionTower, load_tower, saved_folder
 from vlm_vision.tower_config import PreprocessConfig
 from vlm_vision.weights import check_whole
@@ -36,6 +37,8 @@ LIBRARY_NAMES = {
         "image_projection.": "visual_projection.",
     },
 }
+# Whole models of transformers by their `model_type`.
+DUAL_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}
 _BLOCK = "vision_model.encoder.layers."
 
 
@@ -123,33 +126,34 @@ def export_clip(tower: VisionTower, folder: str | Path) -> ClipExport:
 def export_open_clip(model: DualEncoder, folder: str | Path) -> None:
     """Write a folder that open_clip loads: `open_clip.create_model_and_transforms("local-dir:FOLDER")`.
 
+    `open_clip.get_tokenizer` of the same name gives its tokenizer: open_clip's own, or that of the files in
+    the folder, before which open_clip cleans texts (`ftfy`, white space).
+
     Raises:
-        ConfigError: the model is not open_clip's, is a CoCa whose decoder a dual encoder has not, or its
-            preprocessing is not one of open_clip's.
+        ConfigError: open_clip has no such model, or its preprocessing is not one of open_clip's.
     """
-    backbone = model.tower.backbone.portable_config()
-    architecture = _architecture(model.tower)
-    if backbone.name != "open_clip":
-        raise ConfigError(
-            f"this dual encoder's backbone is from {backbone.name}, so it is no open_clip model"
-        )
-    if "multimodal_cfg" in architecture:
-        raise ConfigError("this is a CoCa, and a dual encoder has no decoder: open_clip could not load it")
+    architecture = open_clip_dual_architecture(model)
     if model.config.image_size is not None and architecture["vision_cfg"].get("timm_model_name"):
         raise ConfigError(
             f"this tower was resized to {model.config.image_size}, and open_clip builds its trunk from timm "
             "at the trunk's own size: export it without image_size"
         )
-    architecture.pop("init_logit_bias", None)  # SigLIP's bias is no part of a dual encoder
+    if "multimodal_cfg" in architecture and model.text_decoder is None:
+        raise ConfigError(
+            "this is a CoCa that an older version saved without its decoder, so open_clip could not load it: "
+            "load it from its source again"
+        )
+    architecture.pop("init_logit_bias", None)
+    if model.logit_bias is not None:
+        architecture["init_logit_bias"] = model.logit_bias.item()
     settings = model.image_processor.config
     if settings.resize_to not in (None, settings.image_size):
         raise ConfigError(
             f"preprocess.resize_to is {settings.resize_to}, and open_clip resizes to its image size, "
             f"{settings.image_size}: set it to that, and check what it does to your scores"
         )
-    state = library_state(model)
-    if not architecture.get("custom_text") and not architecture["text_cfg"].get("hf_model_name"):
-        state = convert(state, "open_clip_flat")
+    flat = not architecture.get("custom_text") and not architecture["text_cfg"].get("hf_model_name")
+    state = convert(library_state(model), "open_clip_flat" if flat else "open_clip")
     content = {
         "model_cfg": architecture,
         "preprocess_cfg": {
@@ -162,6 +166,93 @@ def export_open_clip(model: DualEncoder, folder: str | Path) -> None:
     }
     with whole_folder(folder) as partial:
         _write(partial, {OPEN_CLIP_CONFIG: content}, state, OPEN_CLIP_WEIGHTS)
+        if architecture["text_cfg"].get("hf_tokenizer_name"):
+            model.tokenizer.save_pretrained(partial)
+
+
+def export_transformers(model: DualEncoder, folder: str | Path) -> str:
+    """Write a whole `CLIPModel`, `SiglipModel` or `Siglip2Model` folder of transformers, with its processor.
+
+    `CLIPProcessor.from_pretrained` (`SiglipProcessor`, `AutoProcessor`) gives the image processor and the
+    tokenizer. `CLIPVisionModel.from_pretrained` takes the vision tower alone from it, and so does LLaVA.
+
+    Returns:
+        The name of the class.
+
+    Raises:
+        ConfigError: transformers has no model that computes this, or no image processor or tokenizer.
+    """
+    config = transformers_dual_config(model)
+    _check_processor(model.image_processor.config)
+    takes_bias = config["model_type"] != "clip"
+    if takes_bias and model.logit_bias is None:
+        raise ConfigError(
+            "an older version saved this SigLIP without its logit_bias, and transformers' models have one: "
+            "load it from its source again, or set model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))"
+        )
+    if not takes_bias and model.logit_bias is not None:
+        raise ConfigError(
+            "this CLIP has a logit_bias, and transformers' CLIPModel has none: set model.logit_bias = None, "
+            "which leaves the embeddings as they are, and add the bias to the logits yourself"
+        )
+    state = convert(library_state(model), "transformers")
+    dtype = str(model.tower.dtype).removeprefix("torch.")
+    with whole_folder(folder) as partial:
+        _write(partial, {CONFIG_FILE: {**config, "torch_dtype": dtype}}, state, WEIGHTS_FILE)
+        model.image_processor.save_pretrained(partial)
+        write_tokenizer(model.tokenizer, partial)
+    return str(config["architectures"][0])
+
+
+def transformers_dual_config(model: DualEncoder) -> dict[str, Any]:
+    """The `config.json` of the model of transformers that a dual encoder is.
+
+    Raises:
+        ConfigError: it is none, with the reason.
+    """
+    backbone, architecture = model.portable_config(), _architecture(model.tower)
+    if backbone.name == "transformers":
+        whole: dict[str, Any] = deepcopy(getattr(backbone, "text_architecture", None) or {})
+        names = [DUAL_CLASSES[whole["model_type"]]]
+        return {**whole, "vision_config": architecture, "architectures": names}
+    if backbone.name == "open_clip":
+        try:
+            return transformers_config(architecture)
+        except ConfigError as error:
+            raise ConfigError(
+                f"this dual encoder has no counterpart in transformers: {error}. open_clip loads it: "
+                "--to open_clip"
+            ) from error
+    raise ConfigError(
+        f"this dual encoder's backbone is from {backbone.name}: only those of open_clip and transformers are "
+        "known there"
+    )
+
+
+def open_clip_dual_architecture(model: DualEncoder) -> dict[str, Any]:
+    """open_clip's `model_cfg` of a dual encoder.
+
+    Raises:
+        ConfigError: open_clip has no such model, with the reason.
+    """
+    backbone = model.portable_config()
+    if backbone.name == "open_clip":
+        return _architecture(model.tower)
+    if backbone.name != "transformers":
+        raise ConfigError(
+            f"this dual encoder's backbone is from {backbone.name}, so it is no open_clip model"
+        )
+    try:
+        architecture = open_clip_architecture(transformers_dual_config(model))
+    except ConfigError as error:
+        raise ConfigError(
+            f"this dual encoder has no counterpart in open_clip: {error}. transformers loads it: "
+            "--to transformers"
+        ) from error
+    if not is_clip_tokenizer(model.tokenizer):
+        # open_clip takes it from the folder itself; the name only says that there is one.
+        architecture["text_cfg"].setdefault("hf_tokenizer_name", "tokenizer")
+    return architecture
 
 
 def clip_vision_config(tower: VisionTower) -> dict[str, Any]:

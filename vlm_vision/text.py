@@ -60,8 +60,10 @@ class OpenClipTokenizer(Tokenizer):
 
         self.context_length = int(text_cfg.get("context_length", 77))
         kwargs = dict(text_cfg.get("tokenizer_kwargs") or {})
+        of_library = bool(text_cfg.get("hf_tokenizer_name"))
+        self.clean: str = kwargs.get("clean", "whitespace" if of_library else "lower")
         self.library: Any
-        if text_cfg.get("hf_tokenizer_name"):
+        if of_library:
             mode = text_cfg.get("tokenizer_mode")
             self.library = HFTokenizer(
                 source or text_cfg["hf_tokenizer_name"],

@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.progress",
         "vlm_vision.text",
         "vlm_vision.tiling",
+        "vlm_vision.tokenizer_files",
         "vlm_vision.tower",
         "vlm_vision.weights",
     ),
