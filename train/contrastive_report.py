@@ -176,7 +176,8 @@ def _class_changes(
     )
     if changed:
         report.text("Share of a class told right, for the classes that changed most:")
-        report.before_after([(names[number], *recalls[number]) for number in changed[:SHOWN_ROWS]], "class")
+        rows = [(names[number], recalls[number][0], recalls[number][1]) for number in changed[:SHOWN_ROWS]]
+        report.before_after(rows, "class")
 
 
 def _confusion_figure(matrices: Mapping[str, Int[Tensor, "c c"]], names: Sequence[str]) -> Any:

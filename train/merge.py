@@ -40,18 +40,7 @@ def mixed(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float)
 
 def check_mergeable(base: DualEncoder, tuned: DualEncoder) -> None:
     """Refuse two models between which no weights make sense; see `merge`."""
-    settings = [
-        {
-            "backbone": model.tower.backbone.portable_config().model_dump(mode="json", exclude={"weights"}),
-            "pictures": model.image_processor.config.model_dump(mode="json"),
-            "context_length": model.tokenizer.context_length,
-        }
-        for model in (base, tuned)
-    ]
-    # What either was called before it was saved says nothing: the architecture is written out.
-    for side in settings:
-        side["backbone"].pop("model", None)
-    differing = list(_differences(*settings))
+    differing = list(_differences(_settings(base), _settings(tuned)))
     if differing:
         raise ConfigError(
             "only a model and one tuned from it can be merged, and these two differ in "
@@ -143,6 +132,16 @@ def sweep_figure(found: Mapping[float, Mapping[str, float]]) -> Any:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     return figure
+
+
+def _settings(model: DualEncoder) -> dict[str, Any]:
+    """What decides what weights mean; its name does not, since the architecture is written out."""
+    backbone = model.tower.backbone.portable_config()
+    return {
+        "backbone": backbone.model_dump(mode="json", exclude={"weights", "model"}),
+        "pictures": model.image_processor.config.model_dump(mode="json"),
+        "context_length": model.tokenizer.context_length,
+    }
 
 
 def _mix(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:

@@ -274,11 +274,13 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     zero_shot.add_argument("model", help="a dual encoder: a folder, or open_clip:model@weights")
     zero_shot.add_argument("pictures", nargs="*", help="picture files and folders of them")
     zero_shot.add_argument(
-        "--classes", metavar="FILE|a,b,c", help="a name per line, or names with commas between"
+        "--classes", metavar="FILE|a,b,c", help="a name per line, names with commas between, or imagenet"
     )
     zero_shot.add_argument("--csv", metavar="FILE", help="columns image and label: prints the top-1 accuracy")
     zero_shot.add_argument(
-        "--template", action="append", help="text around a name (default: 'a photo of a {}.')"
+        "--template",
+        action="append",
+        help="text around a name, or openai_80, openai_7 (default: 'a photo of a {}.')",
     )
     zero_shot.add_argument("-k", "--top-k", type=_positive, default=3, help="classes to print (default: 3)")
     zero_shot.add_argument("--batch-size", type=_positive, default=64, help="pictures at once (default: 64)")

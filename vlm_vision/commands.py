@@ -414,6 +414,8 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
 def zero_shot(arguments: argparse.Namespace) -> None:
     from vlm_vision.dual_encoder import load_dual_encoder
     from vlm_vision.picture_list import list_files
+    from vlm_vision.prompts import TEMPLATES as NAMED
+    from vlm_vision.text_embeddings import TextCache
     from vlm_vision.zero_shot import TEMPLATES, ZeroShotClassifier
 
     labels: list[str] = []
@@ -434,7 +436,10 @@ def zero_shot(arguments: argparse.Namespace) -> None:
                 f"{arguments.csv}: label {strange[0]!r} is no class{nearest(strange[0], classes)}"
             )
     model = load_dual_encoder(arguments.model)
-    classifier = ZeroShotClassifier(model, classes, arguments.template or TEMPLATES)
+    templates = arguments.template or TEMPLATES
+    if len(templates) == 1 and templates[0] in NAMED:
+        templates = templates[0]
+    classifier = ZeroShotClassifier(model, classes, templates, cache=TextCache.of_user())
     top_k = 1 if labels else arguments.top_k
     found = classifier.classify(pictures, top_k, batch_size=arguments.batch_size)
     if labels:
@@ -554,17 +559,14 @@ def drift(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from vlm_vision.picture_list import list_pictures, open_pictures
-    from vlm_vision.tower import load_tower, saved_folder
+    from vlm_vision.tower import load_tower
     from vlm_vision.train.drift import drift as compare
     from vlm_vision.train.drift import open_projector
 
     pictures = list_pictures(arguments.pictures)
     step = max(1, len(pictures) // arguments.count)  # evenly over all
     chosen = pictures[::step][: arguments.count]
-    before, after = (
-        load_tower(source, **({} if saved_folder(source) else {"pooled_head": True}))
-        for source in (arguments.before, arguments.after)
-    )
+    before, after = load_tower(arguments.before), load_tower(arguments.after)
     projector = None if arguments.projector is None else open_projector(arguments.projector, before)
     found = compare(
         before,
@@ -662,7 +664,11 @@ def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
 
 
 def _class_names(given: str) -> list[str]:
-    """Names of a file, one per line, or between commas."""
+    """Names of a file, one per line, or between commas; or the name of a list, each of its names once."""
+    from vlm_vision.prompts import CLASSES, read_classes
+
+    if given in CLASSES:
+        return list(dict.fromkeys(read_classes(given)))
     is_file = Path(given).is_file()
     names = Path(given).read_text(encoding="utf-8").splitlines() if is_file else given.split(",")
     return [name.strip() for name in names if name.strip()]

@@ -52,7 +52,7 @@ def classification(
         targets: true class of each picture.
     """
     # One column per embedding: two equal ones may come out of a matrix product a bit apart.
-    distinct, column = classes.double().unique(dim=0, return_inverse=True)
+    distinct, column = classes.double().unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
     confusion, ranks = torch.zeros(len(classes), len(classes), dtype=torch.long), []
     for rows in _tiles(len(images)):
         part = classification_of_scores((images[rows].double() @ distinct.T)[:, column], targets[rows])

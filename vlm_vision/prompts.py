@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlm_vision.errors import ConfigError, DataError, nearest
 
@@ -27,8 +28,7 @@ def read_templates(given: str | Sequence[str]) -> list[str]:
     if not isinstance(given, str):
         templates, origin = list(given), "templates"
     elif given in TEMPLATES:
-        functions: Sequence[Callable[[str], str]] = _of_open_clip(TEMPLATES[given])
-        templates, origin = [function("{}") for function in functions], given
+        templates, origin = [function("{}") for function in _of_open_clip(TEMPLATES[given])], given
     else:
         templates, origin = _lines(given, "templates", TEMPLATES), given
         templates = [template.replace("{c}", "{}") for template in templates]
@@ -85,10 +85,11 @@ def class_numbers(labels: Sequence[str], classes: Sequence[str], origin: str) ->
     return [numbers[label] for label in labels]
 
 
-def _of_open_clip(name: str) -> Sequence[str] | Sequence[Callable[[str], str]]:
+def _of_open_clip(name: str) -> Sequence[Any]:
+    """Names, or functions from a name to a text."""
     from open_clip import zero_shot_metadata
 
-    found: Sequence[str] = getattr(zero_shot_metadata, name)
+    found: Sequence[Any] = getattr(zero_shot_metadata, name)
     return found
 
 

@@ -69,7 +69,7 @@ class TextCache:
         """What was written under a key; None where nothing was, or the file is damaged."""
         path = self._path(key)
         try:
-            found = load_file(path)["embeddings"]
+            found: Tensor = load_file(path)["embeddings"]
             os.utime(path)
         except (FileNotFoundError, SafetensorError, KeyError):  # another process may have just removed it
             return None
@@ -163,7 +163,7 @@ def _key(model: DualEncoder, tokens: Int[Tensor, "n t"], per_class: int) -> str:
     backbone = model.tower.backbone.portable_config().model_dump(mode="json", exclude={"weights"})
     settings = [backbone, model.logit_scale.device.type, per_class, list(tokens.shape)]
     digest = sha256(fingerprint(model.text, json.dumps(settings, sort_keys=True)).encode())
-    digest.update(tokens.contiguous().numpy())
+    digest.update(tokens.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from benchmark_layout import NAMES, picture, sample, write_shard
 from tiny import tiny_dual_encoder
 
 from vlm_vision.errors import DataError
@@ -18,30 +17,6 @@ from vlm_vision.train.held_out import open_captioned, open_labelled
 from vlm_vision.train.pairs_config import PairsConfig
 from vlm_vision.train.validation import validate_dual_encoder
 from vlm_vision.train.validation_config import ValidationConfig, ZeroShotConfig
-
-NAMES = ["zebra", "traffic light", "10"]  # by number, in no order; one is called like a number
-
-
-def picture(number: int) -> Image.Image:
-    random = np.random.default_rng(number)
-    return Image.fromarray(random.integers(0, 256, (24, 30, 3), dtype=np.uint8))
-
-
-def write_shard(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples:
-            for suffix, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def sample(number: int, text: str, kind: str, suffix: str = "png") -> tuple[str, dict[str, bytes]]:
-    buffer = io.BytesIO()
-    options = {"lossless": True} if suffix == "webp" else {}
-    picture(number).save(buffer, format={"jpg": "jpeg"}.get(suffix, suffix), **options)
-    return f"s{number:07d}", {suffix: buffer.getvalue(), kind: text.encode()}
 
 
 @pytest.fixture

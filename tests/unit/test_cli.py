@@ -281,6 +281,15 @@ def test_zero_shot_classifies_pictures(
     )
 
 
+def test_zero_shot_takes_named_lists(
+    models: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("zero-shot", models / "clip", pictures, "--classes", "imagenet", "-k", 1)
+    plain = run(capsys, *arguments)
+    assert len(plain.splitlines()) == 4
+    assert run(capsys, *arguments, "--template", "openai_7") != plain
+
+
 def labelled(pictures: Path, *labels: str, header: str = "image,label") -> Path:
     rows = [f"{number}.png,{label}" for number, label in enumerate(labels)]
     path = pictures / "labelled.csv"
@@ -325,6 +334,61 @@ def test_zero_shot_refuses_what_makes_no_sense(
     assert "model_type is 'vlm_vision_tower'" in refused(
         capsys, "zero-shot", models / "tower", pictures, "--classes", "cat"
     )
+
+
+# Scores and drift ---------------------------------------------------------------------------------------
+
+
+def test_score_prints_and_writes(
+    models: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = labelled(pictures, "cat", "dog", "cat", "dog")
+    printed = run(
+        capsys,
+        *("score", models / "clip", "--zero-shot", table, "--retrieval", table),
+        *("--probe", table, table, "--probe-features", "both", "--templates", "openai_7"),
+        *("--caption-column", "label", "-o", tmp_path / "new" / "scores.json"),
+    )
+    written = json.loads((tmp_path / "new" / "scores.json").read_text(encoding="utf-8"))
+    assert {row.split()[0]: float(row.split()[1]) for row in printed.splitlines()} == pytest.approx(
+        written["scores"], abs=5e-5
+    )
+    assert {"zero_shot_top1", "text_to_image_r10", "linear_probe_patches_top1"} <= written["scores"].keys()
+    assert written["zero_shot"]["classes"] == ["cat", "dog"]
+    assert sum(map(sum, written["zero_shot"]["confusion"])) == 4
+    assert written["validation"]["zero_shot"]["templates"] == "openai_7"
+
+
+def test_score_refuses_what_makes_no_sense(
+    models: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = ("score", models / "clip")
+    table = labelled(pictures, "cat", "dog")
+    assert "score needs data: --zero-shot" in refused(capsys, *score)
+    assert "'absent.csv' does not exist" in refused(capsys, *score, "--retrieval", "absent.csv")
+    assert "no column 'caption'" in refused(capsys, *score, "--zero-shot", table)
+    labels = ("--zero-shot", table, "--caption-column", "label")
+    assert "did you mean 'openai_80'" in refused(capsys, *score, *labels, "--templates", "openai_8")
+    (tmp_path / "c.txt").write_text("cat\nbird\n", encoding="utf-8")
+    assert "label 'dog' is no class" in refused(capsys, *score, *labels, "--classes", tmp_path / "c.txt")
+    assert "each with two pictures" in refused(
+        capsys, *score, "--probe", table, table, "--caption-column", "label"
+    )
+
+
+def test_drift_tells_every_layer(
+    models: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "drift.json"
+    command = ("drift", models / "clip", models / "tower", pictures, "--count", 3, "-o", output)
+    rows = run(capsys, *command, "--projector", models / "vlm").splitlines()
+    assert rows[0] == "3 pictures; a VLM reads layer 2"
+    assert [row.split()[0] for row in rows[2:]] == ["1", "2", "projected"]
+    written = json.loads(output.read_text(encoding="utf-8"))
+    assert [layer["layer"] for layer in written["layers"]] == [1, 2]
+    assert written["projected"]["cosine"] == pytest.approx(float(rows[-1].split()[1]), abs=5e-5)
+    (pictures / "broken.jpg").write_bytes(b"<html>")
+    assert "broken.jpg: is not a picture" in refused(capsys, *command[:4])
 
 
 def test_index_and_search(

@@ -57,7 +57,7 @@ def test_every_weight_is_mixed(source: dict, dtype: str) -> None:
             if tensor.is_floating_point():
                 expected = (1 - alpha) * start[name].double() + alpha * end[name].double()
                 assert tensor.dtype == start[name].dtype
-                tolerance = 4e-3 if tensor.dtype == torch.bfloat16 else 2e-7  # measured 2e-3, 1.2e-7
+                tolerance = 4e-3 if tensor.dtype == torch.bfloat16 else 2e-7  # measured 3.9e-3, 8e-8
                 assert float((tensor - expected).abs().max() / expected.abs().max()) <= tolerance, name
             else:
                 assert torch.equal(tensor, end[name]), name
