@@ -13,6 +13,7 @@ CACHE = tempfile.mkdtemp(prefix="vlm_vision_tests_")
 os.environ["HF_HOME"] = CACHE
 os.environ["HF_DATASETS_CACHE"] = f"{CACHE}/datasets"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLM_VISION_CACHE"] = f"{CACHE}/vlm_vision"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
