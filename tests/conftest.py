@@ -14,6 +14,7 @@ os.environ["HF_HOME"] = CACHE
 os.environ["HF_DATASETS_CACHE"] = f"{CACHE}/datasets"
 os.environ["VLM_VISION_CACHE"] = f"{CACHE}/texts"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLM_VISION_CACHE"] = f"{CACHE}/vlm_vision"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

@@ -245,8 +245,9 @@ def _report(findings: Findings, title: str) -> Report:
 def _show(report: Report, findings: Findings, places: Sequence[int] | Column) -> None:
     indices = [int(findings.pictures[place]["index"]) for place in places]
     images = [findings.pairs.open(index) for index in indices]
-    captions = [" / ".join(findings.pairs.captions(index)) for index in indices]
-    report.picture_grid(images, captions)
+    texts = [findings.pairs.captions(index) for index in indices]
+    shown = [" / ".join(some[:2]) + (f" (and {len(some) - 2} more)" if some[2:] else "") for some in texts]
+    report.picture_grid(images, shown)
 
 
 def _histograms(findings: Findings) -> Any:

@@ -241,7 +241,7 @@ class Shards:
         shard, number = self._locate(index)
         known = self._index(shard)
         if number >= len(known.keys):
-            raise DataError(known.damage)
+            raise DataError(f"{self.place(index)}, is missing: {known.damage}")
         column = SUFFIXES.index(suffix)
         size = int(known.sizes[number, column])
         if size < 0:

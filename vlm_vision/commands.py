@@ -268,7 +268,7 @@ def data(arguments: argparse.Namespace) -> None:
     if not checks and arguments.output is None:
         raise ConfigError("data pack needs a folder for the tars: -o FOLDER")
     config, tokenizer = _data_of(arguments)
-    workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    workers = (os.cpu_count() or 1) if arguments.workers is None else arguments.workers
     if not checks:
         from vlm_vision.train.data_pack import SHARD_SIZE, pack_data
 

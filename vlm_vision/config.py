@@ -162,25 +162,24 @@ def _by_value(tree: Any, errors: Sequence[Any]) -> list[tuple[str, list[Any]]]:
     """
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for details in errors:
-        place, node = details["loc"], tree
+        place, node = [], tree
         for depth, part in enumerate(details["loc"]):
             is_key = (
                 part in node
                 if isinstance(node, Mapping)
                 else isinstance(node, (list, tuple)) and isinstance(part, int)
             )
-            if not is_key and details["type"] != "missing":  # the label of an arm
-                place = details["loc"][:depth]
-                break
-            node = _descend(node, part)
-        groups.setdefault(place, []).append(details)
-    found = []
-    for place, group in groups.items():
-        deepest = max(len(details["loc"]) for details in group)
-        inside = next(details["loc"] for details in group if len(details["loc"]) == deepest)[len(place) + 1 :]
-        path = ".".join(str(part) for part in (*place, *inside)) or "(root)"
-        found.append((path, [details for details in group if len(details["loc"]) == deepest]))
-    return found
+            is_absent = details["type"] == "missing" and depth == len(details["loc"]) - 1
+            if is_key or is_absent:  # else it is the label of an arm
+                place.append(part)
+                node = _descend(node, part)
+        groups.setdefault(tuple(place), []).append(details)
+    inner = {place[:depth] for place in groups for depth in range(len(place))}
+    return [
+        (".".join(map(str, place)) or "(root)", group)
+        for place, group in groups.items()
+        if place not in inner
+    ]
 
 
 def _explain(config_class: type[Config], tree: Any, path: str, group: Sequence[Any]) -> str:
@@ -209,12 +208,15 @@ def _owner(config_class: type[Config], tree: Any, loc: Iterable[Any]) -> type[Co
     """The config class that owns the node at `loc`."""
     annotation: Any = config_class
     for part in loc:
-        annotation, tree = _inside(annotation, tree, part), _descend(tree, part)
+        if _descend(tree, part) is not None:  # else it is the label of a union's arm
+            annotation, tree = _inside(annotation, tree, part), _descend(tree, part)
     return _class_of(annotation, tree)
 
 
 def _class_of(annotation: Any, node: Any) -> type[Config] | None:
-    """The Config class behind a node's annotation: a variant by its name, one arm of a union."""
+    """The Config class behind a node's annotation: a variant by its name, one arm of a union; no list's."""
+    if isinstance(node, list):
+        return None
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
         variant = next((marker for marker in metadata if hasattr(marker, "class_of")), None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from tiny import captioned_pictures, tiny_dual_encoder
@@ -19,8 +20,8 @@ from tiny import captioned_pictures, tiny_dual_encoder
 from vlm_vision.config import load_config
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.train.pairs import Batch, Pairs, TrainingPairs
-from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
+from vlm_vision.train.pairs import BadSamples, Batch, Pairs, TrainingPairs
+from vlm_vision.train.pairs_config import AugmentConfig, DataNode, PairsConfig, source_nodes
 
 ROWS = [("0.png", "a red thing"), ("1.png", 'green, "very" green'), ("2.png", "none of it"), ("3.png", "007")]
 
@@ -296,3 +297,179 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path, model: D
     assert np.array_equal(together.squares[1], first._batch([(5, 1)]).squares[0])
     assert not np.array_equal(together.squares[1], first._batch([(6, 1)]).squares[0])
     assert not np.array_equal(together.squares[1], other._batch([(5, 1)]).squares[0])
+
+
+def test_parquet_in_several_files(tmp_path: Path) -> None:
+    for part in range(3):
+        table = {"image": [picture(tmp_path, part)], "caption": [f"part {part}"]}
+        features = Features({"image": Value("binary"), "caption": Value("string")})
+        Dataset.from_dict(table, features=features).to_parquet(tmp_path / f"{part}.parquet")
+    for path in (tmp_path, tmp_path / "*.parquet", tmp_path / "{0..2}.parquet"):
+        pairs = Pairs(PairsConfig(path=str(path)))
+        assert [pairs.captions(index) for index in range(len(pairs))] == [["part 0"], ["part 1"], ["part 2"]]
+        assert pairs.open(2).getpixel((0, 0)) == (20, 0, 0)
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("image,caption\n")
+    with pytest.raises(DataError, match="2 files, but only parquet files and tars can be several"):
+        Pairs(PairsConfig(path=str(tmp_path / "*.csv")))
+
+
+def test_a_hub_data_set_or_a_folder_like_one(tmp_path: Path) -> None:
+    """A picture feature, classes with names, and splits, by the call that fetches one from the hub."""
+    folder = tmp_path / "birds"
+    (folder / "data").mkdir(parents=True)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["grey_heron", "robin"])})
+    for split, labels in (("train", [0, 1, 0]), ("test", [1])):
+        images = [{"bytes": picture(tmp_path, number), "path": None} for number in range(len(labels))]
+        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            folder / "data" / f"{split}-00000-of-00001.parquet"
+        )
+    found = Pairs(PairsConfig(path=f"hub:{folder}", caption_column="label"))
+    captions = [found.captions(index) for index in range(len(found))]
+    assert captions == [["grey heron"], ["robin"], ["grey heron"]]
+    assert found.open(2).getpixel((0, 0)) == (20, 0, 0)
+    assert len(Pairs(PairsConfig(path=f"hub:{folder}@test", caption_column="label"))) == 1
+    with pytest.raises(DataError, match=r"birds@tset: cannot be loaded: .*tset"):
+        Pairs(PairsConfig(path=f"hub:{folder}@tset", caption_column="label"))
+    with pytest.raises(DataError, match=r"hub:nobody/nothing: cannot be loaded"):
+        Pairs(PairsConfig(path="hub:nobody/nothing"))
+
+
+def test_a_hub_folder_of_picture_files(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture(tmp_path / "train" / name, number)
+    pairs = Pairs(PairsConfig(path=f"hub:{tmp_path}", caption_column="label"))
+    assert [(pairs.captions(i), pairs.open(i).getpixel((0, 0))[0]) for i in range(2)] == [
+        (["cat"], 0),
+        (["dog"], 10),
+    ]
+
+
+def test_a_list_holds_the_captions_of_a_picture(tmp_path: Path) -> None:
+    rows = [("0.png", ["red", "crimson"]), ("1.png", []), ("2.png", [None, "blue", " "]), ("0.png", ["dark"])]
+    for number in range(3):
+        picture(tmp_path, number)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"image": name, "caption": texts}) + "\n" for name, texts in rows))
+    pairs = Pairs(PairsConfig(path=str(path), max_bad_share=0.5))
+    assert [pairs.captions(index) for index in range(len(pairs))] == [["red", "crimson", "dark"], ["blue"]]
+    assert (pairs.num_pairs, pairs.dropped) == (4, 3)
+    assert [row.split("jsonl, ")[1][:5] for row in pairs.bad_rows] == ["row 2", "row 3", "row 3"]
+
+
+def test_malformed_rows_are_left_out_up_to_the_bound(tmp_path: Path) -> None:
+    lines = ("image,caption", "0.png,a", '1.png,"b\nc",d', "2.png,b,c,d", "", "3.png,e", ",f")
+    config = csv_of(tmp_path, *lines)
+    with pytest.raises(DataError, match=r"cannot be read as csv: line 4: 3 fields.*and 1 more of 5 rows"):
+        Pairs(config)
+    pairs = Pairs(config.model_copy(update={"max_bad_share": 0.4}))
+    assert [pairs.captions(index) for index in range(len(pairs))] == [["a"], ["e"], ["f"]]
+    assert [row.split("csv, ")[1] for row in pairs.bad_rows] == [
+        "row 2: line 4: 3 fields, where the header has 2",
+        "row 3: line 5: 4 fields, where the header has 2",
+    ]
+    with pytest.raises(DataError, match=r"row 5: column 'image' is empty"):
+        pairs.open(2)
+
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"image": "0.png", "caption": "a"}\n{"image": \n[1]\n{"image": "2.png", "caption": "b"}\n'
+    )
+    lenient = Pairs(PairsConfig(path=str(path), max_bad_share=0.5))
+    assert [lenient.captions(index) for index in range(len(lenient))] == [["a"], ["b"]]
+    assert "row 2: line 2: is not JSON" in lenient.bad_rows[0]
+    assert "row 3: line 3: is no JSON object" in lenient.bad_rows[1]
+
+
+def test_each_caption_has_its_own_hard_negative(tmp_path: Path, model: DualEncoder) -> None:
+    lines = ("image,caption,not", "0.png,red,blue", "0.png,crimson,cyan", "1.png,green,", "2.png,black,white")
+    config = csv_of(tmp_path, *lines).model_copy(
+        update={"negative_column": "not", "max_bad_share": 0.3, "templates": ("a {}",)}
+    )
+    pairs = Pairs(config)
+    assert [pairs.texts(index) for index in range(len(pairs))] == [
+        (["red", "crimson"], ["blue", "cyan"]),
+        (["black"], ["white"]),
+    ]
+    assert "'' in column 'not' is no caption" in pairs.bad_rows[0]
+    data = training(pairs, model)
+    for epoch in range(8):
+        batch = data._batch([(epoch, 0), (epoch, 1)])
+        assert batch.negatives is not None
+        found = tuple(tokens[0].tolist() for tokens in (batch.tokens[batch.captions], batch.negatives))
+        assert found in [
+            (model.tokenizer(f"a {one}")[0].tolist(), model.tokenizer(f"a {other}")[0].tolist())
+            for one, other in (("red", "blue"), ("crimson", "cyan"))
+        ]
+        assert batch.negatives[1].equal(model.tokenizer("a white")[0])
+    with pytest.raises(DataError, match="no column 'nit'"):
+        Pairs(config.model_copy(update={"negative_column": "nit"}))
+    with pytest.raises(ConfigError, match="give negative_column for every source, or for none"):
+        Pairs((config, config.model_copy(update={"negative_column": None})))
+
+
+def test_several_sources_follow_one_another(tmp_path: Path) -> None:
+    one = csv_of(tmp_path, "image,caption", "0.png,a", "1.png,b")
+    (tmp_path / "cats" / "tabby").mkdir(parents=True)
+    picture(tmp_path / "cats" / "tabby", 7)
+    two = PairsConfig(path=str(tmp_path / "cats"), templates=("a {}", "the {}"), weight=3, max_bad_share=1.0)
+    pairs = Pairs((one, two))
+    assert (len(pairs), pairs.epoch_size, pairs.num_pairs, pairs.max_bad) == (3, 5, 3, 1)
+    assert [pairs.captions(index) for index in range(3)] == [["a"], ["b"], ["tabby"]]
+    assert pairs.open(2).getpixel((0, 0)) == (70, 0, 0)
+    assert [pairs.source_config(index).templates for index in (0, 2)] == [("{}",), ("a {}", "the {}")]
+    assert pairs.name(2) == "tabby/7.png"
+    with pytest.raises(IndexError):
+        pairs.captions(3)
+
+
+def test_data_is_one_node_or_several() -> None:
+    one = load_config(DataNode, {"data": {"path": "a.csv"}}, ["data.weight=2"]).data
+    assert source_nodes(one) == (PairsConfig(path="a.csv", weight=2),)
+    two = load_config(DataNode, {"data": [{"path": "a.csv"}, {"path": "b.csv"}]}, ["data.1.weight=0.5"]).data
+    assert source_nodes(two) == (PairsConfig(path="a.csv"), PairsConfig(path="b.csv", weight=0.5))
+    with pytest.raises(ConfigError, match=r"data: .* at least 1 item"):
+        load_config(DataNode, {"data": []})
+    wrong = [{"path": "a.csv", "weight": 0, "lanes": 0}, {"pth": "b.csv"}]
+    with pytest.raises(ConfigError) as caught:
+        load_config(DataNode, {"data": wrong})
+    told = [line.split(" (")[0].strip() for line in str(caught.value).splitlines()[1:]]
+    assert told == [
+        "data.0.weight: input should be greater than 0",
+        "data.0.lanes: input should be greater than 0",
+        "data.1.path: missing",
+        "data.1.pth: unknown key; did you mean 'path'?",
+    ]
+
+
+def test_pairs_travel_to_another_process(tmp_path: Path) -> None:
+    pairs = Pairs(csv_of(tmp_path, "image,caption", "0.png,a", "1.png,b"))
+    assert pairs.captions(1) == ["b"]
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert copy.captions(1) == ["b"]
+    assert copy.open(1).getpixel((0, 0)) == (10, 0, 0)
+
+
+def test_bad_samples_are_listed_once_and_bounded(tmp_path: Path) -> None:
+    lines = ("image,caption", "0.png,a", "1.png,b", "2.png,null", "3.png,d")
+    pairs = Pairs(csv_of(tmp_path, *lines).model_copy(update={"max_bad_share": 0.67}))
+    listed = tmp_path / "bad_samples.jsonl"
+    bad = BadSamples(listed, pairs)
+    bad.note(["x", "y"])
+    again = BadSamples(listed, pairs)  # of a resumed run
+    again.note(["y", "x", "y"])
+    assert [json.loads(line)["error"] for line in listed.read_text().splitlines()] == [
+        *pairs.bad_rows,
+        "x",
+        "y",
+    ]
+    assert again.replaced == 2
+    other = BadSamples(listed, pairs, is_main=False)
+    with pytest.raises(DataError, match="allows 2"):
+        other.note(["z"])
+    assert "z" not in listed.read_text()
+    with pytest.raises(
+        DataError, match="3 samples cannot be read, max_bad_share allows 2; they are listed in"
+    ):
+        again.note(["z"])
