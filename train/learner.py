@@ -28,6 +28,7 @@ from vlm_vision.train.parallel import (
     clip_gradients,
     fit,
     load_optimizer,
+    optimizer_state,
     sum_over_ranks,
     whole,
     whole_state,
@@ -153,10 +154,9 @@ class Learner:
         """What learns, by the side of the model it is on."""
         parts: dict[str, list[nn.Parameter]] = {"vision": [], "text": [], "other": []}
         sides = {"model.tower.": "vision", "model.text.": "text"}
-        for name, parameter in self.objective.named_parameters():
-            if parameter.requires_grad:
-                side = next((side for prefix, side in sides.items() if name.startswith(prefix)), "other")
-                parts[side].append(parameter)
+        for name, parameter in self._learning().items():
+            side = next((side for prefix, side in sides.items() if name.startswith(prefix)), "other")
+            parts[side].append(parameter)
         return {side: parameters for side, parameters in parts.items() if parameters}
 
     # --- A step
@@ -290,6 +290,10 @@ class Learner:
         parameters = dict(self.objective.model.named_parameters())
         return [parameters[name] for name in self.names]
 
+    def _learning(self) -> dict[str, nn.Parameter]:
+        """All that learns, heads included, by name."""
+        return {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+
     def learnt(self) -> dict[str, Tensor]:
         """What differs from the weights a run started from, whole: parameters that learn, and buffers."""
         state = {
@@ -304,8 +308,8 @@ class Learner:
         """All that a checkpoint holds, whole and on the CPU; every rank must ask for it."""
         state: dict[str, Any] = {
             "learnt": whole_state(self.learnt()),
-            "optimizer": whole_state(self.optimizer.state_dict()),
-            "schedule": {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()},
+            "optimizer": optimizer_state(self.optimizer, self._learning()),
+            "progress": {"steps": self.schedule.last_epoch, "scaler": self.scaler.state_dict()},
         }
         if self.average:
             state["average"] = dict(zip(self.names, whole_state(self.average), strict=True))
@@ -322,7 +326,7 @@ class Learner:
                 tensors = {key: tensor.contiguous() for key, tensor in state[name].items()}
                 save_file(tensors, folder / f"{name}.safetensors")
         torch.save(state["optimizer"], folder / "optimizer.pt")
-        (folder / "schedule.json").write_text(json.dumps(state["schedule"]), encoding="utf-8")
+        (folder / "progress.json").write_text(json.dumps(state["progress"]), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Take the state of a checkpoint, written at whatever world size.
@@ -349,10 +353,11 @@ class Learner:
                 for name, parameter in self.objective.patch_head.named_parameters():
                     parameter.copy_(fit(head[name], parameter))
         kept = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        load_optimizer(self.optimizer, kept)
-        numbers = json.loads((folder / "schedule.json").read_text(encoding="utf-8"))
-        self.schedule.load_state_dict(numbers["schedule"])
-        self.scaler.load_state_dict(numbers["scaler"])
+        load_optimizer(self.optimizer, self._learning(), kept)
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.schedule.last_epoch = progress["steps"] - 1
+        self.schedule.step()
+        self.scaler.load_state_dict(progress["scaler"])
 
     def train_mode(self) -> None:
         """Modules of which no weight learns stay in eval mode: no dropout, no moving batch statistics."""

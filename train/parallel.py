@@ -195,19 +195,34 @@ def whole_state(state: Any) -> Any:
     return state
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load whole state, each rank its part of what is split."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps of each parameter, by its name, whole and on the CPU.
+
+    Groups are left out: how parameters are split among ranks decides on them, and rates come from the config.
+    """
+    return {name: whole_state(optimizer.state[parameter]) for name, parameter in named.items()}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    state: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Load what `optimizer_state` gave, each rank its part of what is split."""
+    names = {id(parameter): name for name, parameter in named.items()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    split = {}
-    for number, values in state["state"].items():
-        parameter = parameters[number]
-        split[number] = {
-            name: fit(value, parameter)
+    split = {
+        number: {
+            key: fit(value, parameter)
             if isinstance(value, Tensor) and value.shape == parameter.shape
             else value
-            for name, value in values.items()
+            for key, value in state[names[id(parameter)]].items()
         }
-    optimizer.load_state_dict({**state, "state": split})
+        for number, parameter in enumerate(parameters)
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": split})
 
 
 def fit(value: Tensor, parameter: Tensor) -> Tensor:

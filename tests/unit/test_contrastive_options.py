@@ -388,7 +388,9 @@ def test_what_is_not_finite_is_named(data: Path, tmp_path: Path, monkeypatch: py
         return outputs
 
     monkeypatch.setattr(Learner, "_forward", poisoned)
-    with pytest.raises(VlmVisionError, match=r"step 1: .*not finite come from \S+train\.csv, row \d+\. Lower"):
+    with pytest.raises(
+        VlmVisionError, match=r"step 1: .*not finite come from \S+train\.csv, row \d+: \d+\.png\. Lower"
+    ):
         train_contrastive(config(data), tmp_path / "run")
 
 
