@@ -237,6 +237,12 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "train or adapt a dual encoder on pictures with captions",
         "configs/cifar10_contrastive.yaml -o runs/cifar10",
         "my.yaml data.path=pairs.csv recipe=lora --resume",
+        "my.yaml --for-vlm   # change the patch features that a VLM reads, and say how far they went",
+    )
+    contrastive.add_argument(
+        "--for-vlm",
+        action="store_true",
+        help="adapt for a VLM: only recipes that change its patch features, which learn from texts directly",
     )
     align = command(
         "align",

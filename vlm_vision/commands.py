@@ -323,7 +323,8 @@ def contrastive(arguments: argparse.Namespace) -> None:
     from vlm_vision.train.contrastive import train_contrastive
     from vlm_vision.train.contrastive_config import ContrastiveConfig
 
-    config = load_config(ContrastiveConfig, arguments.config, arguments.overrides)
+    overrides = [*arguments.overrides, *(["for_vlm=true"] if arguments.for_vlm else [])]
+    config = load_config(ContrastiveConfig, arguments.config, overrides)
     output = _run_folder(arguments)
     scores = train_contrastive(config, output, resume=arguments.resume)
     _print_scores({"": scores}, output)
