@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_vision.adapters.build import build_projector, list_projectors
     from vlm_vision.adapters.load import load_adapter
+    from vlm_vision.adapters.save import save_lora
 
-_HOMES = {"build_projector": "build", "list_projectors": "build", "load_adapter": "load"}
+_HOMES = {
+    "build_projector": "build",
+    "list_projectors": "build",
+    "load_adapter": "load",
+    "save_lora": "save",
+}
 
-__all__ = ["build_projector", "list_projectors", "load_adapter"]
+__all__ = ["build_projector", "list_projectors", "load_adapter", "save_lora"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm_vision.adapters.lora import Slot, slot_of
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.adapters.low_rank import merged as merged_weight
 from vlm_vision.adapters.low_rank import update
@@ -67,10 +68,6 @@ _TEXT_SIDE = (
 )
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB]|magnitude_vector)(\.default)?(\.weight)?"
-)
-# Layers that adapters lie on, of what is one tensor in the model: `SplitAttention` and `SplitLinear`.
-_PART = re.compile(
-    r"(?P<owner>.+)\.(?P<home>in_proj|apart|qkv|kv)\.(?P<part>[qkv])_proj\.(?P<kind>weight|bias)"
 )
 _ADDED_TWICE_THROUGH = (0, 21)
 _Scale = Callable[[str, int], float]  # what a module's factors of a rank are multiplied by
@@ -206,32 +203,16 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A tensor of the model, or one of several equal parts of it, one below the other."""
-
-    name: str
-    number: int = 0
-    parts: int = 1
-
-
-def _slot(state: Mapping[str, Tensor], name: str) -> _Slot | None:
+def _slot(state: Mapping[str, Tensor], name: str) -> Slot | None:
     """Where a learnt tensor belongs, where q, k and v may be one tensor."""
     if name in state:
-        return _Slot(name)
-    found = _PART.fullmatch(name)
-    if found is not None:
-        owner, home, part, kind = found["owner"], found["home"], found["part"], found["kind"]
-        if home == "apart" and kind == "weight":
-            slot = _Slot(f"{owner}.{part}_proj_weight")
-        elif home in ("in_proj", "apart"):
-            slot = _Slot(f"{owner}.in_proj_{kind}", "qkv".index(part), 3)
-        else:
-            slot = _Slot(f"{owner}.{home}.{kind}", home.index(part), len(home))
-        return slot if slot.name in state else None
+        return Slot(name)
+    slot = slot_of(name)
+    if slot.name in state:
+        return slot
     module, _, kind = name.rpartition(".")
     fused = f"{module}.in_proj_{kind}"  # peft adapts torch's attention as a whole
-    return _Slot(fused) if fused in state else None
+    return Slot(fused) if fused in state else None
 
 
 def _refuse(strange: list[str], misshapen: list[str], model: VisionTower | DualEncoder, origin: str) -> None:

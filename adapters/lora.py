@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -35,6 +36,12 @@ KINDS = {
     "out": re.compile(r"(.*\.)?(out_proj|o_proj|attn\.proj|attn_pool\.proj|attention\.output\.dense)"),
     "mlp": re.compile(r"(.*\.)?(mlp\..+|intermediate\.dense|(?<!attention\.)output\.dense)"),
 }
+
+
+# Tensors within `SplitAttention` and `SplitLinear`.
+_PART = re.compile(
+    r"(?P<owner>.+)\.(?P<home>in_proj|apart|qkv|kv)\.(?P<part>[qkv])_proj\.(?P<kind>weight|bias)"
+)
 
 
 class SplitAttention(nn.Module):
@@ -208,6 +215,28 @@ def add_lora(model: nn.Module, targets: Sequence[str], config: LoraConfig) -> li
 def kind_of(layer: str) -> str | None:
     """What a layer is by its name, a key of `KINDS`; None where its name does not tell."""
     return next((kind for kind, pattern in KINDS.items() if pattern.fullmatch(layer)), None)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a model in its original layout, or one of equal parts of it, one below the other."""
+
+    name: str
+    number: int = 0
+    parts: int = 1
+
+
+def slot_of(name: str) -> Slot:
+    """Where a tensor of a layer that was split lies when it is joined again; others lie where they are."""
+    found = _PART.fullmatch(name)
+    if found is None:
+        return Slot(name)
+    owner, home, part, kind = found["owner"], found["home"], found["part"], found["kind"]
+    if home == "apart" and kind == "weight":
+        return Slot(f"{owner}.{part}_proj_weight")
+    if home in ("in_proj", "apart"):
+        return Slot(f"{owner}.in_proj_{kind}", "qkv".index(part), 3)
+    return Slot(f"{owner}.{home}.{kind}", home.index(part), len(home))
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

@@ -293,23 +293,27 @@ def library_names(model: VisionTower | DualEncoder) -> dict[str, str]:
     Raises:
         ConfigError: a backbone whose library's names are not known here.
     """
+    return {name: library_name(model, name) for name in model.state_dict()}
+
+
+def library_name(model: VisionTower | DualEncoder, name: str) -> str:
+    """The name that the library's own model has for a tensor or a layer of ours.
+
+    Raises:
+        ConfigError: as `library_names`.
+    """
     tower = model.tower if isinstance(model, DualEncoder) else model
     source = tower.backbone.portable_config().name
-    prefixes = LIBRARY_NAMES.get(source, {})
-    names = {}
-    for name in model.state_dict():
-        inner = name.removeprefix("tower.") if model is not tower else name
-        fitting = [prefix for prefix in prefixes if inner.startswith(prefix)]
-        if fitting:
-            names[name] = prefixes[fitting[0]] + inner.removeprefix(fitting[0])
-        elif model is not tower and not name.startswith("tower."):
-            names[name] = name  # open_clip's text side and the temperature have its names
-        else:
-            raise ConfigError(
-                f"a backbone of {source!r} has no names in CLIP's layouts ({name}); open_clip's and "
-                "transformers' CLIP have"
-            )
-    return names
+    inner = name.removeprefix("tower.") if model is not tower else name
+    for prefix, theirs in LIBRARY_NAMES.get(source, {}).items():
+        if inner.startswith(prefix):
+            return theirs + inner.removeprefix(prefix)
+    if model is not tower and not name.startswith("tower."):
+        return name  # open_clip's text side and the temperature have its names
+    raise ConfigError(
+        f"a backbone of {source!r} has no names in CLIP's layouts ({name}); open_clip's and transformers' "
+        "CLIP have"
+    )
 
 
 def library_state(model: VisionTower | DualEncoder) -> dict[str, Tensor]:

@@ -108,6 +108,24 @@ def convert(
     return flat if layout == "open_clip_flat" else {**flat, **_constants(flat)}
 
 
+def counterpart(name: str, tensor: Tensor, names: Iterable[str]) -> dict[str, Tensor] | None:
+    """One of open_clip's tensors under transformers' names: several where q, k and v are apart there.
+
+    Args:
+        name: in the `open_clip` layout.
+        names: of the whole model, which tell its kind.
+
+    Returns:
+        None where transformers has none, or one that is joined with other tensors.
+    """
+    pattern, number = _numbered(name)
+    row = next((row for row in _table(names) if row.ours == (pattern,)), None)
+    if row is None:
+        return None
+    parts = zip(row.theirs, row.to_theirs([tensor]), strict=True)
+    return {theirs.replace("#", number): part for theirs, part in parts}
+
+
 def with_vision_level(name: str) -> str:
     """A name of transformers as its versions before 5 had it also in a vision model alone."""
     return f"vision_model.{name}" if name.startswith(_WITHOUT_LEVEL) else name
