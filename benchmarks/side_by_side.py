@@ -5,10 +5,10 @@
 Theirs needs `pip install 'open_clip_torch[training]'`.
 
 CIFAR-10 (class names in templates) with a small ModifiedResNet, scored by zero-shot accuracy on held-out
-pictures; Flickr8k (one of five captions, fixed) with a small ViT, scored by recall on its 800 photographs, any
-caption counting. Both sides read the same table, in bf16 under autocast. Each run has one thread and a core of
-its own, and the two sides of a seed run at the same time, with the cores exchanged from seed to seed. Both
-models are scored by our code.
+pictures; Flickr8k (one of five captions, fixed) with a small ViT, scored by recall on its 800 photographs,
+any caption counting. Both sides read the same table, in bf16 under autocast. Each run has one thread and a
+core of its own, and the two sides of a seed run at the same time, with the cores exchanged from seed to
+seed. Both models are scored by our code.
 """
 
 from __future__ import annotations
@@ -168,12 +168,28 @@ def their_run(case: Case, table: Path, seed: int, folder: Path, models: Path) ->
     models.mkdir(exist_ok=True)
     (models / f"side-{case.name}.json").write_text(json.dumps(case.architecture))
     options = {
-        "train-data": table, "dataset-type": "csv", "csv-separator": ",", "csv-img-key": "image",
-        "csv-caption-key": "caption", "model": f"side-{case.name}", "batch-size": case.batch_size,
-        "epochs": case.epochs, "lr": case.lr, "wd": case.weight_decay,
-        "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "warmup": case.warmup, "workers": 0, "seed": seed, "precision": "amp_bf16", "grad-clip-norm": 1.0,
-        "logs": folder.parent, "name": folder.name, "log-every-n-steps": 10,
-    }  # fmt: skip
+        "train-data": table,
+        "dataset-type": "csv",
+        "csv-separator": ",",
+        "csv-img-key": "image",
+        "csv-caption-key": "caption",
+        "model": f"side-{case.name}",
+        "batch-size": case.batch_size,
+        "epochs": case.epochs,
+        "lr": case.lr,
+        "wd": case.weight_decay,
+        "beta1": 0.9,
+        "beta2": 0.98,
+        "eps": 1e-6,
+        "warmup": case.warmup,
+        "precision": "amp_bf16",
+        "grad-clip-norm": 1.0,
+        "workers": 0,
+        "seed": seed,
+        "logs": folder.parent,
+        "name": folder.name,
+        "log-every-n-steps": 10,
+    }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-c", THEIRS, str(models), *words]
 

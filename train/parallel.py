@@ -151,8 +151,11 @@ class Parallel:
         parts = [part for part in self._bare.modules() if isinstance(part, FSDPModule)]
         for part in parts:
             part.unshard()
+            # Ranks run different numbers of batches here: none may wait for another to gather a block again.
+            part.set_reshard_after_forward(False, recurse=False)
         yield
         for part in parts:
+            part.set_reshard_after_forward(part is not self._bare, recurse=False)
             part.reshard()
 
 

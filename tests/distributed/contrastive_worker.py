@@ -113,13 +113,15 @@ def run_config(data: str, **changes: Any) -> Any:
         "workers": 0,
         "report": False,
     }
+    if "validation" in changes:
+        changes = {**changes, "validation": {"retrieval": {"path": f"{data}/train.csv"}, "every": 2}}
     return load_config(ContrastiveConfig, {**tree, **changes})
 
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "cached": {"micro_batch_size": 2, "loss": {"tile_size": 3, "patch_weight": 0.5}},
-    "split": {"parallel": "fsdp", "ema": 0.9},
+    "split": {"parallel": "fsdp", "ema": 0.9, "validation": {"every": 2}},
     "split cached lora": {"parallel": "fsdp", "recipe": "lora", "micro_batch_size": 3},
 }
 """Settings of the runs that several ranks do as one process does."""

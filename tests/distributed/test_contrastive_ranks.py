@@ -37,9 +37,8 @@ def worst_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def curve(run: Path) -> Tensor:
     columns = ("step", "loss", "grad_norm", "lr", "logit_scale")
-    return torch.tensor(
-        [[line[column] for column in columns] for line in read_metrics(run / "metrics.jsonl")]
-    )
+    lines = read_metrics(run / "metrics.jsonl")
+    return torch.tensor([[line[column] for column in columns] for line in lines if "loss" in line])
 
 
 def check_gradients(ranks: Path) -> None:
