@@ -79,7 +79,23 @@ SIGLIP: dict[str, Any] = {
         },
     },
 }
-EVERY = ["open_clip", "open_clip, ResNet", "open_clip, SigLIP of timm", *HERE]
+COCA: dict[str, Any] = {
+    **OPEN_CLIP,
+    "architecture": {
+        "embed_dim": 32,
+        "custom_text": True,
+        "vision_cfg": {
+            **OPEN_CLIP["architecture"]["vision_cfg"],
+            "attentional_pool": True,
+            "attn_pooler_heads": 4,
+            "attn_pooler_queries": 6,
+            "output_tokens": True,
+        },
+        "text_cfg": {**OPEN_CLIP["architecture"]["text_cfg"], "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    },
+}
+EVERY = ["open_clip", "open_clip, ResNet", "open_clip, SigLIP of timm", "open_clip, CoCa", *HERE]
 
 
 def _siglip_trunk(pretrained: bool = False, **settings: Any) -> VisionTransformer:
@@ -122,7 +138,7 @@ def dual(kind: str, folder: Path, **overrides: Any) -> DualEncoder:
     """Of a kind in `EVERY`; `folder` gets the files that it is loaded from, if it is loaded from files."""
     if kind in KINDS:
         return load_dual_encoder(f"transformers:{saved(kind, folder / 'library')[1]}", **overrides)
-    nodes = {"open_clip": OPEN_CLIP, "open_clip, ResNet": RESNET["backbone"]}
+    nodes = {"open_clip": OPEN_CLIP, "open_clip, ResNet": RESNET["backbone"], "open_clip, CoCa": COCA}
     if kind not in nodes:
         if not timm.is_model(SIGLIP_TRUNK):
             _siglip_trunk.__name__ = SIGLIP_TRUNK

@@ -252,6 +252,11 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
     if targets:
         add_lora(model, targets, config.lora)
     apply_rules(model, rules)
+    # What the loss does not reach has no gradient that ranks could wait for.
+    if model.logit_bias is not None and config.loss.name != "siglip":
+        model.logit_bias.requires_grad_(False)
+    if model.text_decoder is not None and not config.loss.caption_weight:
+        model.text_decoder.requires_grad_(False)
     if config.for_vlm and not changes_patches(model):
         raise ConfigError(
             f"for_vlm: with recipe {recipe!r} nothing learns that the patch features of layer "

@@ -19,7 +19,7 @@ from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.depth import depths, has_batch_statistics, text_blocks, vision_blocks
 from vlm_vision.train.embedding_cache import EmbeddingCache
 from vlm_vision.train.gradient_cache import LOCAL, Outputs, cached_backward
-from vlm_vision.train.objective import PAD_TOKEN, Objective
+from vlm_vision.train.objective import Objective
 from vlm_vision.train.optim import build_optimizer, parameter_groups, warmup_cosine, warmup_steps
 from vlm_vision.train.pairs import Batch
 from vlm_vision.train.parallel import (
@@ -216,7 +216,7 @@ class Learner:
             inputs, facts = self._inputs(batch)
             loss, outputs = cached_backward(
                 self._forward,
-                split_inputs(inputs, -(-pairs // size)),
+                split_inputs(inputs, -(-pairs // size), self.objective.model.tokenizer.pad_id),
                 lambda outputs: self.objective.loss(outputs, facts),
                 sync=self.parallel.sync,
                 scale=float(self.scaler.get_scale()),
@@ -366,7 +366,7 @@ class Learner:
             module.training = not parameters or any(parameter.requires_grad for parameter in parameters)
 
 
-def split_inputs(inputs: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def split_inputs(inputs: Mapping[str, Any], count: int, pad_id: int) -> list[dict[str, Any]]:
     """The objective's inputs in `count` chunks, none of them empty; the last has some of all.
 
     Each chunk knows its shares of the pictures, of the caption tokens and of the replayed pictures.
@@ -375,9 +375,11 @@ def split_inputs(inputs: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     for name, tensor in inputs.items():
         # Where there is less than one for each chunk, the last ones get it.
         parts = [part for part in torch.tensor_split(tensor, count) if len(part)]
-        for chunk, part in zip(chunks[count - len(parts) :], parts, strict=True):
-            chunk[name] = part
-            weigh = name == "captions"
-            amounts = [(t[:, 1:] != PAD_TOKEN).sum() if weigh else len(t) for t in (part, tensor)]
-            chunk["shares"][name] = float(amounts[0]) / float(amounts[1])
+        amounts = [
+            float((part[:, 1:] != pad_id).sum()) if name == "captions" else float(len(part)) for part in parts
+        ]
+        places = range(count - len(parts), count)
+        for place, part, amount in zip(places, parts, amounts, strict=True):
+            chunks[place][name] = part
+            chunks[place]["shares"][name] = amount / sum(amounts)
     return chunks

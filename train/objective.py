@@ -10,17 +10,14 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, embedding, interpolate, normalize
+from torch.nn.functional import embedding, interpolate, normalize
 
-from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
+from vlm_vision.dual_encoder import DualEncoder, caption_loss, load_dual_encoder
 from vlm_vision.errors import ConfigError
 from vlm_vision.tower import VisionTower
 from vlm_vision.train.contrastive_config import LossConfig
 from vlm_vision.train.gradient_cache import LOCAL, Outputs
 from vlm_vision.train.losses import distill_loss, info_nce_loss, siglip_loss
-
-PAD_TOKEN = 0
-
 
 class Objective(nn.Module):
     """A dual encoder with what only its training needs: heads, references, teachers.
@@ -41,8 +38,8 @@ class Objective(nn.Module):
         super().__init__()
         if config.name == "siglip" and model.logit_bias is None:
             raise ConfigError("loss siglip: this model has no logit_bias")
-        if config.caption_weight and not getattr(model, "has_decoder", False):
-            raise ConfigError("loss.caption_weight: this model has no text decoder (CoCa has)")
+        if config.caption_weight and model.text_decoder is None:
+            raise ConfigError("loss.caption_weight: this model has no text decoder; a CoCa has one")
         self.model, self.config = model, config
         self.patch_head: PatchHead | None = None
         if config.patch_weight:
@@ -81,32 +78,31 @@ class Objective(nn.Module):
             shares: what part of the batch's pictures (`pixels`), caption tokens (`captions`) and replayed
                 pictures (`replay`) this chunk holds.
         """
-        model, outputs = self.model, Outputs()
+        model, config, outputs = self.model, self.config, Outputs()
         is_learning, shares = torch.is_grad_enabled(), shares or {}
         local: list[Tensor] = []
         if image is not None:
             outputs["image"] = image
         elif pixels is not None:
-            features, embeddings = self._see(pixels)
+            features, embeddings, image_tokens = self._see(pixels)
             outputs["image"] = normalize(embeddings.float(), dim=-1)
             if self.patch_head is not None and features is not None:
                 outputs["patch"] = normalize(self.patch_head(features).float(), dim=-1)
-            if is_learning and self.config.keep and self.config.keep.data is None and features is not None:
-                distance = self._distance(pixels, features)
-                local.append(self.config.keep.weight * shares.get("pixels", 1.0) * distance)
-            if is_learning and self.config.caption_weight and captions is not None:
-                logits = model.caption_logits(pixels, captions)
-                loss = cross_entropy(
-                    logits[:, :-1].float().flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD_TOKEN
-                )
-                local.append(self.config.caption_weight * shares.get("captions", 1.0) * loss)
-        if is_learning and replay is not None and self.config.keep:
-            distance = self._distance(replay, model.tower(replay))
-            local.append(self.config.keep.weight * shares.get("replay", 1.0) * distance)
+            if is_learning and config.keep and config.keep.data is None and features is not None:
+                share = config.keep.weight * shares.get("pixels", 1.0)
+                local.append(share * self._distance(pixels, features))
+            if is_learning and captions is not None and image_tokens is not None:
+                logits = model.decode(image_tokens, model.encode_text_with_tokens(captions)[1])
+                share = config.caption_weight * shares.get("captions", 1.0)
+                local.append(share * caption_loss(logits.float(), captions, model.tokenizer.pad_id))
+        if is_learning and replay is not None and config.keep:
+            share = config.keep.weight * shares.get("replay", 1.0)
+            local.append(share * self._distance(replay, model.tower(replay)))
         if text is not None:
             outputs["text"] = text
         elif tokens is not None:
-            outputs["text"] = normalize(model.text(tokens).float(), dim=-1)
+            found = model.text(tokens)  # of a CoCa, with the states that its decoder goes on
+            outputs["text"] = normalize((found if isinstance(found, Tensor) else found[0]).float(), dim=-1)
         outputs["logit_scale"] = model.logit_scale.float().exp()
         if model.logit_bias is not None:
             outputs["logit_bias"] = model.logit_bias.float()
@@ -172,12 +168,17 @@ class Objective(nn.Module):
         text = [teacher.encode_text(part).float() for part in teacher.tokenizer(texts).split(chunk)]
         return torch.cat(image), torch.cat(text), teacher.logit_scale.exp().float()
 
-    def _see(self, pixels: Tensor) -> tuple[Tensor | None, Tensor]:
-        tower = self.model.tower
-        if self.patch_head is None and not (self.config.keep and self.config.keep.data is None):
-            return None, self.model.project_image(tower.pooled(pixels))
+    def _see(self, pixels: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Patch features and tokens for a decoder, where something reads them, and embeddings."""
+        model, tower = self.model, self.model.tower
+        reads_patches = self.patch_head is not None or (self.config.keep and self.config.keep.data is None)
+        if self.config.caption_weight:
+            embeddings, image_tokens = model.encode_image_with_tokens(pixels)
+            return (tower(pixels) if reads_patches else None), embeddings, image_tokens
+        if not reads_patches:
+            return None, model.project_image(tower.pooled(pixels)), None
         features, pooled = tower.features_with_pooled(pixels)
-        return features, self.model.project_image(pooled)
+        return features, model.project_image(pooled), None
 
     def _distance(self, pixels: Tensor, features: Tensor) -> Tensor:
         """Mean over patches of how far a feature went, squared, relative to its original length."""

@@ -22,24 +22,25 @@ class RecipeRow:
 
 
 _TEMPERATURE = Rule(match="logit_*")
+_TEXT = (Rule(match="text.*"), Rule(match="text_decoder.*"))  # CoCa has a decoder
 # What turns the last layer into the image embedding, which no VLM reads.
 _IMAGE_PROJECTIONS = (
     Rule(match="tower.*.visual.proj"),  # of open_clip's ViT
     Rule(match="tower.*.visual.attnpool.c_proj.*"),  # of a ModifiedResNet
     Rule(match="tower.*.visual.head.*"),  # of timm's trunks
-    Rule(match="tower.*.visual_projection.*"),  # of transformers
+    Rule(match="image_projection.*"),  # of transformers
 )
 _FULL = (1e-5, "between Long-CLIP's 1e-6 and WiSE-FT's 3e-5")
 
 RECIPES: dict[str, RecipeRow] = {
     "scratch": RecipeRow((Rule(match="*"),), 5e-4, "open_clip's default"),
     "frozen_vision": RecipeRow(
-        (Rule(match="text.*"), *_IMAGE_PROJECTIONS, _TEMPERATURE),
+        (*_TEXT, *_IMAGE_PROJECTIONS, _TEMPERATURE),
         1e-5,
         "CoCa's fine-tuning in open_clip's README",
     ),
     "lit": RecipeRow(
-        (Rule(match="text.*"), _TEMPERATURE),
+        (*_TEXT, _TEMPERATURE),
         1e-3,
         "big_vision's siglip_lit_coco; LiT is arXiv:2111.07991",
     ),

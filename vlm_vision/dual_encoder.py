@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
+from vlm_vision.compat import attention_kernel
 from vlm_vision.errors import ConfigError
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.text import TextSide, Tokenizer
@@ -37,7 +38,8 @@ class DualEncoder(nn.Module):
         tower: gives patch features as ever, and through `tower.pooled` what image embeddings are made of.
         image_projection: from there to image embeddings, in models of transformers that have one; open_clip's
             have it in their towers.
-        text: token ids [B,T] to embeddings [B,E].
+        text: token ids [B,T] to embeddings [B,E]; in a CoCa to them and the tokens' states.
+        text_decoder: CoCa's captioning head (arXiv:2205.01917), or None.
         logit_scale: log of the factor on cosine similarities (CLIP, arXiv:2103.00020, section 2.5).
         logit_bias: what is added to them then (SigLIP, arXiv:2303.15343, section 3.2); None in a CLIP.
         tokenizer: captions to token ids.
@@ -78,7 +80,63 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b e"]:
         """Unit-length text embeddings."""
-        return normalize(self.text(tokens.to(self.logit_scale.device)), dim=-1)
+        output = self.text(tokens.to(self.logit_scale.device))
+        return normalize(output if isinstance(output, Tensor) else output[0], dim=-1)
+
+    def encode_image_with_tokens(
+        self, pixels: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b m d"]]:
+        """Unit-length image embeddings, and of the same forward the tokens that the decoder looks at.
+
+        Raises:
+            ConfigError: the model has no decoder.
+        """
+        self._check_decoder()
+        backbone: Any = self.tower.backbone
+        with attention_kernel(self.config.attention):
+            pooled, tokens = backbone.pooled_with_tokens(self.tower.check_pixels(pixels, False))
+        return normalize(pooled, dim=-1), tokens
+
+    def encode_text_with_tokens(
+        self, tokens: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b t d"]]:
+        """Unit-length text embeddings, and of the same forward the tokens' states that the decoder goes on.
+
+        Raises:
+            ConfigError: the model has no decoder.
+        """
+        self._check_decoder()
+        embeddings, states = self.text(tokens.to(self.logit_scale.device))
+        return normalize(embeddings, dim=-1), states
+
+    def decode(
+        self, image_tokens: Float[Tensor, "b m d"], text_states: Float[Tensor, "b t d"]
+    ) -> Float[Tensor, "b t v"]:
+        """Logits of the token after each, given the picture; `caption_loss` makes a loss of them.
+
+        Raises:
+            ConfigError: the model has no decoder.
+        """
+        logits: Tensor = self._check_decoder()(image_tokens, text_states)
+        return logits
+
+    def caption_logits(
+        self, pixels: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b t v"]:
+        """Logits of the token after each of a caption's, as `forward` of open_clip's CoCa gives them.
+
+        Raises:
+            ConfigError: the model has no decoder.
+        """
+        return self.decode(self.encode_image_with_tokens(pixels)[1], self.encode_text_with_tokens(tokens)[1])
+
+    def _check_decoder(self) -> nn.Module:
+        if self.text_decoder is None:
+            raise ConfigError(
+                "this dual encoder has no decoder, which captions need: use a CoCa, e.g. "
+                "open_clip:coca_ViT-B-32@laion2b_s13b_b90k"
+            )
+        return self.text_decoder
 
     def forward(
         self, pixels: Float[Tensor, "b 3 h w"], tokens: Int[Tensor, "c t"]
@@ -130,11 +188,31 @@ class DualEncoder(nn.Module):
         with without_init():
             backbone = config.backbone.build(load_weights=False)
             text = _with_tokenizer(config.backbone, folder).build_text(load_weights=False)
-        # Folders of a SigLIP from before biases were kept have none, and a CLIP may have been given one.
-        text = replace(text, logit_bias=0.0 if "logit_bias" in state else None)
+        # Older folders have neither SigLIP's bias nor CoCa's decoder, and a CLIP may have been given a bias.
+        has_decoder = any(name.startswith("text_decoder.") for name in state)
+        text = replace(
+            text,
+            logit_bias=0.0 if "logit_bias" in state else None,
+            text_decoder=text.text_decoder if has_decoder else None,
+        )
         model = cls(VisionTower(config, backbone), text)
         load_strict(model, state, str(folder))
         return model.eval()
+
+
+def caption_loss(
+    logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], pad_id: int
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of every token given those before it and the picture; padding does not count.
+
+    Equals the caption part of `open_clip.loss.CoCaLoss` at weight 1 (CoCa, arXiv:2205.01917, section 3.2).
+
+    Args:
+        logits: of `DualEncoder.caption_logits` or `decode`.
+        pad_id: `tokenizer.pad_id`.
+    """
+    following = tokens[:, 1:].to(logits.device)
+    return cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=pad_id)
 
 
 def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) -> DualEncoder:

@@ -152,13 +152,14 @@ class TextSide:
     """What a contrastively trained pair has beside its vision tower.
 
     Attributes:
-        encoder: token ids [B,T] to embeddings [B,E], not normalised.
+        encoder: token ids [B,T] to embeddings [B,E], not normalised; where there is a decoder, to a pair of
+            them and the tokens' states [B,T,D].
         tokenizer: captions to those ids.
         logit_scale: log of the temperature's inverse.
         logit_bias: what SigLIP adds to its logits (arXiv:2303.15343, section 3.2); None in a CLIP.
         image_projection: the tower's pooled output [B,P] to embeddings [B,E], where the tower has it not.
-        text_decoder: of CoCa (arXiv:2205.01917): image tokens [B,M,D] and text tokens [B,T,D] to logits of
-            the next token [B,T,V].
+        text_decoder: of CoCa (arXiv:2205.01917): image tokens [B,M,D] and states of text tokens [B,T,D] to
+            logits of the token after each [B,T,V].
         fields: what the backbone's portable config must say beside, to build this side again.
     """
 

@@ -86,7 +86,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(name: str, chunks: int) ->
     torch.manual_seed(7)
     found_loss, outputs = cached_backward(
         lambda **chunk: whole(**chunk),
-        split_inputs(inputs, chunks),
+        split_inputs(inputs, chunks, pad_id=0),
         lambda found: whole.loss(found, facts),
         sync=lambda is_last: nullcontext(),
     )
@@ -94,7 +94,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(name: str, chunks: int) ->
 
     whole.zero_grad()
     torch.manual_seed(7)
-    parts: list[Outputs] = [whole(**chunk) for chunk in split_inputs(inputs, chunks)]  # all activations held
+    parts: list[Outputs] = [whole(**chunk) for chunk in split_inputs(inputs, chunks, pad_id=0)]  # all activations held
     local = sum(part[LOCAL] for part in parts if LOCAL in part)
     expected_loss = whole.loss(join(parts), facts) + local
     expected_loss.backward()
@@ -115,7 +115,7 @@ def test_without_randomness_chunks_equal_one_forward() -> None:
     whole.zero_grad()
     found, _ = cached_backward(
         lambda **chunk: whole(**chunk),
-        split_inputs(inputs, 4),
+        split_inputs(inputs, 4, pad_id=0),
         lambda outputs: whole.loss(outputs, facts),
         sync=lambda is_last: nullcontext(),
     )
@@ -131,7 +131,7 @@ def test_a_loss_scale_multiplies_every_gradient() -> None:
         torch.manual_seed(7)
         cached_backward(
             lambda **chunk: whole(**chunk),
-            split_inputs(inputs, 3),
+            split_inputs(inputs, 3, pad_id=0),
             lambda outputs: whole.loss(outputs, facts),
             sync=lambda is_last: nullcontext(),
             scale=scale,
@@ -151,7 +151,7 @@ def test_gradients_are_exchanged_with_the_last_chunk_only() -> None:
 
     cached_backward(
         lambda **chunk: whole(**chunk),
-        split_inputs(inputs, 4),
+        split_inputs(inputs, 4, pad_id=0),
         lambda outputs: whole.loss(outputs, facts),
         sync=sync,
     )
@@ -159,7 +159,7 @@ def test_gradients_are_exchanged_with_the_last_chunk_only() -> None:
 
 
 def test_every_chunk_has_something_and_the_last_has_some_of_all() -> None:
-    chunks = split_inputs({"pixels": torch.zeros(7, 1), "tokens": torch.ones(2, 3)}, 4)
+    chunks = split_inputs({"pixels": torch.zeros(7, 1), "tokens": torch.ones(2, 3)}, 4, pad_id=0)
     assert [len(chunk["pixels"]) for chunk in chunks] == [2, 2, 2, 1]
     assert ["tokens" in chunk for chunk in chunks] == [False, False, True, True]
     assert sum(chunk["shares"]["pixels"] for chunk in chunks) == pytest.approx(1)

@@ -18,6 +18,7 @@ import open_clip
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from open_clip.coca_model import _build_text_decoder_tower
 from open_clip.model import _build_text_tower, _build_vision_tower
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -38,7 +39,7 @@ from vlm_vision.weights import find_weights_file, load_strict, without_init
 RANDOM = "none"
 RESAMPLING = {"mode": "bicubic", "antialias": True, "align_corners": False}  # of `resize_pos_embed`
 RESNET_STRIDES = (4, 4, 8, 16, 32)
-# Beside the towers: CoCa's decoder, which a dual encoder leaves out, and SigLIP's bias.
+# Beside the towers: CoCa's decoder and SigLIP's bias.
 KNOWN = ("visual.", "text.", "text_decoder.", "logit_scale", "logit_bias")
 
 
@@ -86,7 +87,8 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
     if "text_cfg" not in architecture:
         raise ConfigError("this architecture has no `text_cfg`, which a dual encoder needs")
     # The weights come from the checkpoint, never from a second download; token features are CoCa's decoder's.
-    text_cfg = {**architecture["text_cfg"], "hf_model_pretrained": False, "output_tokens": False}
+    captions = "multimodal_cfg" in architecture
+    text_cfg = {**architecture["text_cfg"], "hf_model_pretrained": False, "output_tokens": captions}
     try:
         encoder = _build_text_tower(architecture["embed_dim"], text_cfg, _quick_gelu(architecture))
         tokenizer = OpenClipTokenizer(text_cfg, config.tokenizer)
@@ -96,6 +98,7 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
             f"{text_cfg.get('hf_model_name') or text_cfg.get('hf_tokenizer_name')!r} from the hub, which "
             f"cannot be reached ({first_line(error)})"
         ) from error
+    decoder = _build_decoder(architecture) if captions else None
     logit_scale = float(architecture.get("init_logit_scale", math.log(1 / 0.07)))
     logit_bias = architecture.get("init_logit_bias")
     state = _weights(config, architecture) if load_weights else None
@@ -103,6 +106,13 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         own.pop("transformer.embeddings.position_ids", None)  # a constant in old files with text from the hub
         load_strict(encoder, own, _origin(config))
+        if decoder is not None:
+            own = {
+                name.removeprefix("text_decoder."): value
+                for name, value in state.items()
+                if name.startswith("text_decoder.")
+            }
+            load_strict(decoder, own, f"{_origin(config)} (text_decoder)")
         if "logit_scale" not in state:
             raise WeightsError(
                 f"{_origin(config)}: these weights have no logit_scale, so they are no dual encoder's"
@@ -113,8 +123,21 @@ def build_text(config: OpenClipConfig, *, load_weights: bool = True) -> TextSide
         tokenizer,
         logit_scale,
         logit_bias=None if logit_bias is None else float(logit_bias),
+        text_decoder=decoder,
         fields={"tokenizer": None},  # it is saved with the model
     )
+
+
+def _build_decoder(architecture: Mapping[str, Any]) -> nn.Module:
+    """CoCa's decoder with random weights."""
+    vocabulary = architecture["text_cfg"].get("vocab_size", 49408)
+    decoder: Any = _build_text_decoder_tower(
+        vocabulary, architecture["multimodal_cfg"], _quick_gelu(architecture)
+    )
+    # open_clip leaves it as the memory was: `init_parameters` is never called, and could not be.
+    nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+    built: nn.Module = decoder
+    return built
 
 
 class _NativeBackbone(Backbone):
@@ -182,10 +205,17 @@ class VitBackbone(_NativeBackbone):
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> tuple[list[Float[Tensor, "b tokens d"]], Float[Tensor, "b e"]]:
         outputs = self.forward_layers(pixels, sorted({*layers, self.info.num_layers}))
-        embedding: Tensor = self.visual._pool(outputs[-1])[0]
-        if self.visual.proj is not None:
-            embedding = embedding @ self.visual.proj
-        return outputs[: len(layers)], embedding
+        return outputs[: len(layers)], self._head(outputs[-1])[0]
+
+    def pooled_with_tokens(
+        self, pixels: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b m d"]]:
+        """Also the tokens that were not pooled, which CoCa's decoder looks at."""
+        return self._head(self.forward_layers(pixels, [self.info.num_layers])[0])
+
+    def _head(self, last: Float[Tensor, "b tokens d"]) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b m d"]]:
+        embedding, tokens = self.visual._pool(last)
+        return (embedding if self.visual.proj is None else embedding @ self.visual.proj), tokens
 
     def drop_patches(self, share: float) -> None:
         self.visual.patch_dropout = PatchDropout(share) if share else nn.Identity()
