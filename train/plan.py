@@ -26,8 +26,10 @@ from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.optim import apply_rules, trainable_summary
 from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
 from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.sources import is_there
 from vlm_vision.train.vlm import embedding_width, load_llm, token_grid
 
 Precision = Literal["fp32", "bf16", "autocast"]
@@ -176,12 +178,14 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
         DataError: data that cannot be used, or is not there while the recipe must be chosen by counting it.
     """
     pairs = pictures = records
-    if Path(config.data.path).exists():
+    nodes = source_nodes(config.data)
+    path = ", ".join(node.path for node in nodes)
+    if all(map(is_there, nodes)):
         table = Pairs(config.data)
-        pairs, pictures = table.num_pairs, len(table)
+        pairs, pictures = table.num_pairs, table.epoch_size
     if pairs is None and config.recipe == "auto" and config.rules is None:
         raise DataError(
-            f"{config.data.path!r} does not exist, so there is nothing to count and choose a recipe by: "
+            f"{path!r} does not exist, so there is nothing to count and choose a recipe by: "
             "give --records N, or name a recipe"
         )
     model = describe_dual_encoder(_source(config.model))
@@ -195,7 +199,7 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
     stage = StagePlan(
         name="contrastive",
         settings=f"batch {config.batch_size}, {config.precision}, {chosen}",
-        length=_length(config.steps, config.epochs, config.batch_size, pictures, config.data.path),
+        length=_length(config.steps, config.epochs, config.batch_size, pictures, path),
         steps=None if config.steps is None and pictures is None else config.total_steps(pictures or 0),
         tokens_per_step=config.batch_size * (tokens_per_image + model.tokenizer.context_length),
         parts=_parts(model, 0, world, "autocast" if config.precision == "bf16" else "fp32"),

@@ -97,8 +97,8 @@ def open_source(config: PairsConfig) -> Source:
 
 
 def is_there(config: PairsConfig) -> bool:
-    """Whether a local source exists; what lies elsewhere is taken at its word."""
-    return config.path.startswith(HUB) or "://" in config.path or bool(find_files(config.path))
+    """Whether a source is on this machine, as far as it can be told without fetching anything."""
+    return bool(find_files(config.path))
 
 
 def find_files(path: str) -> list[str]:
@@ -160,7 +160,7 @@ class Table:
         try:
             return Path(self._path(str(value), index)).read_bytes()
         except FileNotFoundError:
-            raise DataError(f"{self.place(index)}: does not exist") from None
+            raise DataError(f"{self._row_name(index)}: picture {value!r} does not exist") from None
         except (OSError, ValueError) as error:
             raise DataError(f"{self.place(index)}: cannot be read: {first_line(error)}") from error
 

@@ -129,6 +129,8 @@ def test_the_command(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_open_clip_reads_the_tars(table: Path, tmp_path: Path) -> None:
     """Its own grouping and filter; its counting, too."""
     webdataset = pytest.importorskip("webdataset")
+    if not webdataset.__version__.startswith("0.2.") or int(webdataset.__version__[4:]) > 86:
+        pytest.skip("open_clip_train reads no tar with webdataset above 0.2.86")
     from open_clip_train.data import (
         filter_no_caption_or_no_image,
         get_dataset_size,
