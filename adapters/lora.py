@@ -239,9 +239,14 @@ def slot_of(name: str) -> Slot:
     return Slot(f"{owner}.{home}.{kind}", home.index(part), len(home))
 
 
+def has_lora(model: nn.Module) -> bool:
+    """Whether adapters are on it."""
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold adapters into the weights and restore the model's original layers, in place."""
-    if not any(".lora_" in name for name, _ in model.named_parameters()):
+    if not has_lora(model):
         return model  # peft takes seconds to import
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_vision.adapters.lora import add_lora, check_lora_gradients, merge_lora
+from vlm_vision.adapters.lora import add_lora, check_lora_gradients, has_lora, merge_lora
+from vlm_vision.adapters.save import save_lora
 from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
 from vlm_vision.errors import ConfigError, DataError, nearest, require
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
@@ -42,8 +43,8 @@ def train_contrastive(
 
     Args:
         output: run folder; its `checkpoints/` are what `resume` continues from, bit-exact on one machine.
-            Saved on the way: `best`, by the config's `best_by`; at the end: `model`, `model_ema`,
-            `report.html`.
+            Saved on the way: `best`, by the config's `best_by`; at the end: `model`, adapters merged into it,
+            `model_ema`, `adapter` in peft's format, `report.html`.
 
     Returns:
         The last validation scores, or the last loss where nothing is validated.
@@ -96,7 +97,10 @@ def train_contrastive(
     ):
         if learnt is None:
             continue
-        after = merge_lora(_with_learnt(prepare_model(config, pairs.num_pairs).model, learnt)).eval()
+        after = _with_learnt(prepare_model(config, pairs.num_pairs).model, learnt)
+        if run.is_main and name == "model" and has_lora(after):
+            save_lora(after, run.folder / "adapter")
+        merge_lora(after).eval()
         if run.is_main:
             after.save_pretrained(run.folder / name)
         found_after = evaluate(after.to(ranks.device), config.validation, group=ranks.group)

@@ -19,6 +19,7 @@ from vlm_vision.train.contrastive_config import LossConfig
 from vlm_vision.train.gradient_cache import LOCAL, Outputs
 from vlm_vision.train.losses import distill_loss, info_nce_loss, siglip_loss
 
+
 class Objective(nn.Module):
     """A dual encoder with what only its training needs: heads, references, teachers.
 

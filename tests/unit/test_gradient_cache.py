@@ -94,7 +94,9 @@ def test_chunks_give_the_gradients_of_the_whole_batch(name: str, chunks: int) ->
 
     whole.zero_grad()
     torch.manual_seed(7)
-    parts: list[Outputs] = [whole(**chunk) for chunk in split_inputs(inputs, chunks, pad_id=0)]  # all activations held
+    parts: list[Outputs] = [
+        whole(**chunk) for chunk in split_inputs(inputs, chunks, pad_id=0)
+    ]  # all activations held
     local = sum(part[LOCAL] for part in parts if LOCAL in part)
     expected_loss = whole.loss(join(parts), facts) + local
     expected_loss.backward()
