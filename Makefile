@@ -12,7 +12,8 @@ PINNED := .venv-pinned/$(PINS)
 DEEPSPEED_llava := 0.12.6
 DEEPSPEED_llava_next := 0.14.4
 CORE_TESTS := tests/parity tests/integration/test_llava.py $(patsubst %,tests/unit/test_%.py,\
-	config fused metrics preprocess registry search tower verify weights zero_shot)
+	config dual_encoder fused metrics preprocess prompts registry search text_embeddings tower verify weights \
+	zero_shot)
 
 .PHONY: setup demo test test-pinned check clean
 

@@ -172,7 +172,7 @@ def _train(
                 with learner.parallel.gathered():
                     scores = validate_dual_encoder(model, config.validation, group=learner.ranks.group)
                     run.log(step, **scores)
-                    best = _keep_best(model, scores, best, config, run)
+                    best = _keep_best(learner, scores, best, run, pairs.num_pairs)
                 learner.train_mode()
             meter.start()
     if meter.truncated and run.is_main:
@@ -191,10 +191,9 @@ def _save(learner: Learner, run: Run, step: int) -> None:
         save_checkpoint(run.checkpoints, step, lambda folder: learner.write(state, folder), keep=keep)
 
 
-def _keep_best(
-    model: DualEncoder, scores: Mapping[str, float], best: float, config: ContrastiveConfig, run: Run
-) -> float:
+def _keep_best(learner: Learner, scores: Mapping[str, float], best: float, run: Run, num_pairs: int) -> float:
     """Save the model if its score is the best yet; gives the best score."""
+    config = learner.config
     if config.best_by is None:
         return best
     if config.best_by not in scores:
@@ -204,9 +203,9 @@ def _keep_best(
         )
     if scores[config.best_by] <= best or not run.is_main:
         return max(best, scores[config.best_by])
-    merged = prepare_model(config, 0).model
-    learnt = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    merge_lora(_with_learnt(merged, learnt)).save_pretrained(run.folder / "best")
+    model = _with_learnt(prepare_model(config, num_pairs).model, learner.learnt())
+    merge_lora(model)
+    model.save_pretrained(run.folder / "best")
     return scores[config.best_by]
 
 

@@ -87,7 +87,7 @@ def join(parts: Sequence[Outputs]) -> Outputs:
 
 def _random_state() -> tuple[Tensor, Tensor | None]:
     """Of the CPU and, where it is in use, of this process's GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:

@@ -197,7 +197,8 @@ class Learner:
             model.logit_scale.clamp_(0, math.log(config.temperature.max))
             if self.average:
                 assert config.ema is not None
-                get_ema_multi_avg_fn(config.ema)(self.average, self._of_model(), number)
+                average = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+                average(self.average, self._of_model(), number)
         return StepResult(
             loss=total / self.ranks.world,
             grad_norm=grad_norm,

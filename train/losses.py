@@ -208,10 +208,8 @@ class _Shape:
         """Hand tensors to the next rank and take the previous one's, which are of the same shapes."""
         if self.world == 1:
             return list(tensors)
-        ahead, behind = (
-            dist.get_global_rank(self.group or dist.group.WORLD, (self.rank + step) % self.world)
-            for step in (1, -1)
-        )
+        group = self.group or dist.distributed_c10d._get_default_group()
+        ahead, behind = (dist.get_global_rank(group, (self.rank + step) % self.world) for step in (1, -1))
         given = [tensor.contiguous() for tensor in tensors if tensor is not None]
         taken = [torch.empty_like(tensor) for tensor in given]
         sends = [dist.P2POp(dist.isend, tensor, ahead, self.group) for tensor in given]

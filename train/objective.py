@@ -160,13 +160,13 @@ class Objective(nn.Module):
         processor, device = teacher.image_processor, teacher.logit_scale.device
         size = (processor.config.height, processor.config.width)
         image = []
-        for part in squares.split(chunk):
+        for part in torch.split(squares, chunk):
             pictures = rearrange(part.to(device), "b h w c -> b c h w").float()
             if pictures.shape[-2:] != size:
                 pictures = interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 255)
             pixels = processor.normalise(rearrange(pictures / 255, "b c h w -> b h w c"))
             image.append(teacher.encode_image(pixels).float())
-        text = [teacher.encode_text(part).float() for part in teacher.tokenizer(texts).split(chunk)]
+        text = [teacher.encode_text(part).float() for part in torch.split(teacher.tokenizer(texts), chunk)]
         return torch.cat(image), torch.cat(text), teacher.logit_scale.exp().float()
 
     def _see(self, pixels: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -186,7 +186,8 @@ class Objective(nn.Module):
         with torch.no_grad():
             original = self._reference[0](pixels).float()
         moved = (features.float() - original).square().sum(dim=-1)
-        return (moved / original.square().sum(dim=-1).clamp(min=1e-12)).mean()
+        shares: Tensor = moved / original.square().sum(dim=-1).clamp(min=1e-12)
+        return shares.mean()
 
 
 class PatchHead(nn.Module):

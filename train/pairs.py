@@ -190,7 +190,7 @@ class Batch:
 
     def part(self, rows: slice) -> Batch:
         """Some of the pairs, with their distinct captions."""
-        kept, captions = self.captions[rows].unique(return_inverse=True)
+        kept, captions = torch.unique(self.captions[rows], return_inverse=True)
         return replace(
             self,
             squares=self.squares[rows],

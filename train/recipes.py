@@ -48,7 +48,10 @@ RECIPES: dict[str, RecipeRow] = {
         (
             Rule(match="tower.*", learn="lora"),
             Rule(match="text.*", learn="lora"),
-            Rule(match="tower.*.visual.conv1.*", learn="frozen"),  # of pixels
+            # Of pixels.
+            Rule(match="tower.*.visual.conv1.*", learn="frozen"),
+            Rule(match="tower.*.patch_embed.*", learn="frozen"),
+            Rule(match="tower.*.patch_embedding.*", learn="frozen"),
             # A ModifiedResNet's pooling reads its layers' weights past any adapter.
             Rule(match="tower.*.visual.attnpool.*", learn="frozen"),
             _TEMPERATURE,
@@ -97,6 +100,8 @@ def recipe_rules(
     rules = RECIPES[recipe].rules
     if recipe == "last_n":
         rules = (*(Rule(match=f"{block}.*") for block in last_blocks), *rules)
+    if recipe == "lora" and config.loss.caption_weight:
+        rules = (*rules, Rule(match="text_decoder.*", learn="lora"))
     temperature = Rule(
         match="logit_*",
         learn="full" if config.temperature.learns else "frozen",

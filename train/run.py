@@ -143,7 +143,7 @@ def plain_attention(llm: Any) -> None:
 
 def peak_memory_mb() -> float:
     """The largest memory of this process so far in MiB: on its GPU if it uses one, else of itself."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # getrusage tells bytes there, KiB here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -300,14 +300,14 @@ def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], To
     """The sources that a command line names, and the tokenizer of the model that is to read them."""
     from vlm_vision.config import read_yaml, validate
     from vlm_vision.dual_encoder import describe_dual_encoder
-    from vlm_vision.text import Tokenizer
+    from vlm_vision.text import OpenClipTokenizer
     from vlm_vision.train.pairs_config import DataNode, PairsConfig
 
     names = ("image_column", "caption_column", "negative_column", "image_folder", "max_bad_share")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if Path(arguments.source).suffix.lower() not in (".yaml", ".yml"):
         config = validate(PairsConfig, {"path": arguments.source, **given}, "the command line")
-        return config, lambda: Tokenizer({})
+        return config, lambda: OpenClipTokenizer({})
     if given:
         option = "--" + next(iter(given)).replace("_", "-")
         raise ConfigError(f"{option}: {arguments.source} says it in its data node; change it there")
@@ -315,7 +315,10 @@ def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], To
     if "data" not in tree:
         raise ConfigError(f"{arguments.source}: has no data node (it has: {', '.join(tree)})")
     node = validate(DataNode, {"data": tree["data"]}, arguments.source).data
-    return node, lambda: describe_dual_encoder(tree["model"]).tokenizer if "model" in tree else Tokenizer({})
+    return (
+        node,
+        lambda: describe_dual_encoder(tree["model"]).tokenizer if "model" in tree else OpenClipTokenizer({}),
+    )
 
 
 def contrastive(arguments: argparse.Namespace) -> None:
