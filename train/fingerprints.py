@@ -16,12 +16,11 @@ _PLAIN = 4  # fewer steps than that say nothing of a picture
 def picture_id(image: Image.Image) -> int:
     """A difference hash in colour: where the picture gets brighter, bluer or redder from left to right.
 
-    It survives most of what copies go through: of 200 photographs of Flickr8k, 92% keep theirs when saved
-    again as JPEG of quality 75, 68% at 50, 88% at half the size; of 800, no two share one. Pictures with next
+    It survives most of what copies go through: of 300 photographs of Flickr8k, 91% keep theirs when saved
+    again as JPEG of quality 75, 64% at 50, 79% at half the size; of 800, no two share one. Pictures with next
     to no steps, plain ones for instance, are told apart by their exact colours instead.
     """
-    # In two steps, of which the first is quick: 0.4 ms for a photograph of 500 x 375 pixels.
-    small = image.resize((8 * LUMINANCE[0], 8 * LUMINANCE[1]), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    small = image.resize((4 * LUMINANCE[0], 4 * LUMINANCE[1]), Image.Resampling.LANCZOS, reducing_gap=2.0)
     bits = []
     for size, channels, step in ((LUMINANCE, slice(0, 1), _STEP), (CHROMA, slice(1, 3), _COLOUR_STEP)):
         levels = np.asarray(small.resize(size, Image.Resampling.LANCZOS).convert("YCbCr"), dtype=np.int16)

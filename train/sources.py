@@ -286,7 +286,7 @@ class Table:
         column = self._column(self.config.image_column)
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return np.arange(len(column))
-        codes = pc.fill_null(column, "").dictionary_encode().unify_dictionaries()
+        codes = pc.fill_null(column, "").dictionary_encode()  # one dictionary for all its chunks
         return np.concatenate([chunk.indices.to_numpy() for chunk in codes.chunks]).astype(np.int64)
 
     def _text(self, column: str, row: int, place: int) -> str:

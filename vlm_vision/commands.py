@@ -299,7 +299,6 @@ def data(arguments: argparse.Namespace) -> None:
 def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], Tokenizer]]:
     """The sources that a command line names, and the tokenizer of the model that is to read them."""
     from vlm_vision.config import read_yaml, validate
-    from vlm_vision.dual_encoder import describe_dual_encoder
     from vlm_vision.text import OpenClipTokenizer
     from vlm_vision.train.pairs_config import DataNode, PairsConfig
 
@@ -315,10 +314,13 @@ def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], To
     if "data" not in tree:
         raise ConfigError(f"{arguments.source}: has no data node (it has: {', '.join(tree)})")
     node = validate(DataNode, {"data": tree["data"]}, arguments.source).data
-    return (
-        node,
-        lambda: describe_dual_encoder(tree["model"]).tokenizer if "model" in tree else OpenClipTokenizer({}),
-    )
+    return node, lambda: _tokenizer_of(tree["model"]) if "model" in tree else OpenClipTokenizer({})
+
+
+def _tokenizer_of(model: Any) -> Tokenizer:
+    from vlm_vision.dual_encoder import describe_dual_encoder
+
+    return describe_dual_encoder(model).tokenizer
 
 
 def contrastive(arguments: argparse.Namespace) -> None:

@@ -83,7 +83,7 @@ def test_bad_items_and_duplicates_are_listed(table: Path, tmp_path: Path) -> Non
         write_findings(look_at(table), out, "A title & more")
     bad = [json.loads(line)["error"].split(".csv, ")[1] for line in (out / "bad_samples.jsonl").open()]
     assert [reason.split(":")[0] for reason in bad] == ["row 6", "row 7", "row 9"]
-    assert "9.png: does not exist" in bad[2]
+    assert "picture '9.png' does not exist" in bad[2]
     lines = [json.loads(line) for line in (out / "duplicates.jsonl").open(encoding="utf-8")]
     files = [[place.rpartition(": ")[2] for place in line["pictures"]] for line in lines[:2]]
     assert [line["kind"] for line in lines] == ["same file", "same look", "same words"]
@@ -92,7 +92,7 @@ def test_bad_items_and_duplicates_are_listed(table: Path, tmp_path: Path) -> Non
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "A title &amp; more" in page
     assert page.count("<img") == 1 + 5 + 2  # plots, samples, two that look the same
-    assert "row 9: 9.png: does not exist" in page
+    assert "row 9: picture &#x27;9.png&#x27; does not exist" in page
 
 
 def test_the_command(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,17 @@ def test_rows_of_one_picture_are_its_captions(tmp_path: Path, model: DualEncoder
     assert drawn == {model.tokenizer(text)[0, 1].item() for text in ("red", "crimson")}
 
 
+def test_pictures_meet_their_captions_across_a_large_table(tmp_path: Path) -> None:
+    """More rows than are kept in one piece; each picture is named near the start and near the end."""
+    names = [f"{number:04d}.png" for number in range(1500)]
+    rows = [f"{name},{place} {name}" for place in ("first", "last") for name in names]
+    pairs = Pairs(csv_of(tmp_path, "image,caption", *rows))
+    assert pairs._locate(0)[0]._column("image").num_chunks > 1  # type: ignore[attr-defined]
+    assert [pairs.name(index) for index in range(len(pairs))] == names
+    assert pairs.captions(7) == ["first 0007.png", "last 0007.png"]
+    assert pairs.captions(1499) == ["first 1499.png", "last 1499.png"]
+
+
 def test_a_numeric_column_stays_as_it_is_written(tmp_path: Path) -> None:
     """Class 0 is a caption, and 01 is not 1."""
     pairs = Pairs(csv_of(tmp_path, "image,caption", "0.png,0", "1.png,01", "2.png,1e3"))
