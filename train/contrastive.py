@@ -20,7 +20,7 @@ from vlm_vision.adapters.save import save_lora
 from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
 from vlm_vision.errors import ConfigError, DataError, nearest, require
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
-from vlm_vision.train.contrastive_config import ContrastiveConfig, LossConfig
+from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.contrastive_report import BAD_FILE, REPORT_FILE, write_contrastive_report
 from vlm_vision.train.depth import changes_patches, last_blocks
 from vlm_vision.train.learner import Learner
@@ -71,7 +71,7 @@ def train_contrastive(
         raise ConfigError(f"{output} is at step {start}, and this config ends at {total_steps}: train longer")
     if ranks.rank == 0:
         prepared.tell(config, pairs)
-    objective = Objective(prepared.model, effective_loss(config))
+    objective = Objective(prepared.model, config.loss_of_run())
     batches = _batches(prepared.model, pairs, config, start, total_steps, ranks)
     learner = Learner(
         objective,
@@ -274,13 +274,6 @@ def load_start(config: ContrastiveConfig) -> DualEncoder:
     return load_dual_encoder(
         config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
     )
-
-
-def effective_loss(config: ContrastiveConfig) -> LossConfig:
-    """The loss of a run: for a VLM, patch features learn from texts too, unless the config says otherwise."""
-    if config.for_vlm and "patch_weight" not in config.loss.model_fields_set:
-        return config.loss.model_copy(update={"patch_weight": 1.0})
-    return config.loss
 
 
 def _set_temperature(model: DualEncoder, config: ContrastiveConfig, recipe: str) -> None:

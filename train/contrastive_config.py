@@ -186,6 +186,12 @@ class ContrastiveConfig(Config):
             )
         return self
 
+    def loss_of_run(self) -> LossConfig:
+        """For a VLM, patch features learn from texts too, unless `loss.patch_weight` says otherwise."""
+        if self.for_vlm and "patch_weight" not in self.loss.model_fields_set:
+            return self.loss.model_copy(update={"patch_weight": 1.0})
+        return self.loss
+
     def total_steps(self, pictures: int) -> int:
         """Optimizer steps on a data set; pictures that do not fill an epoch's last batch sit it out."""
         if self.steps is not None:

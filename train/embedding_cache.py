@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vlm_vision.backbone import Backbone
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 
 
 class EmbeddingCache:
-    """Unit embeddings by the number of their sample; ranks share what each of them computed.
+    """What a frozen tower pools, before its projection, by the number of the sample; ranks share their own.
 
-    Held on the CPU: 1 GiB takes about 350,000 embeddings of 768 numbers.
+    Held on the CPU: 1 GiB takes about 250,000 rows of 1,024 numbers.
     """
 
-    def __init__(self, world: int) -> None:
-        self._world = world
+    def __init__(self, backbone: Backbone, world: int) -> None:
+        self._backbone, self._world = backbone, world
         self._rows: dict[int, Tensor] = {}
 
     @classmethod
     def for_images(cls, model: DualEncoder, config: ContrastiveConfig, world: int) -> EmbeddingCache | None:
-        """One for pictures, if their tower is frozen, they are cropped alike and nothing else reads them."""
-        learns = any(parameter.requires_grad for parameter in model.tower.parameters())
-        loss = config.loss
+        """One for pictures, if nothing but a projection learns in their tower, they are cropped alike, and no
+        other part of the loss reads them.
+        """
+        backbone = model.tower.backbone
+        learning = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+        loss = config.loss_of_run()
         others = loss.patch_weight or loss.caption_weight or loss.keep or config.patch_dropout
-        if learns or others or not config.augment.is_fixed:
+        is_split = config.parallel == "fsdp" and world > 1  # then parts cannot be called by themselves
+        if learning - set(backbone.projection) or others or is_split or not config.augment.is_fixed:
             return None
-        return cls(world)
+        return cls(backbone, world)
 
     def embed(
         self,
         numbers: Int[Tensor, " b"],
-        inputs: Tensor,
-        encode: Callable[[Tensor], Float[Tensor, "n e"]],
-    ) -> Float[Tensor, "b e"]:
-        """Embeddings of inputs, of which those whose number is new are encoded."""
+        pixels: Float[Tensor, "b 3 h w"],
+    ) -> Float[Tensor, "b d"]:
+        """Features of pictures, of which those whose number is new go through the tower."""
         new = [place for place, number in enumerate(numbers.tolist()) if number not in self._rows]
-        with torch.no_grad():
-            found = encode(inputs[new]).cpu() if new else None
-        if found is not None:
+        if new:
+            with torch.no_grad():
+                found = self._backbone.pooled_features(pixels[new]).float().cpu()
             for place, row in zip(new, found, strict=True):
                 self._rows[int(numbers[place])] = row
         embeddings = torch.stack([self._rows[number] for number in numbers.tolist()])
         if self._world > 1:
             self._share(numbers, embeddings)
-        return embeddings.to(inputs.device)
+        return embeddings.to(pixels.device)
 
     def _share(self, numbers: Tensor, embeddings: Tensor) -> None:
         """Another rank may see these samples in the next epoch."""

@@ -237,25 +237,26 @@ class Learner:
         return torch.stack(losses).sum(), seen
 
     def _forward(self, **inputs: Any) -> Outputs:
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
-        with torch.autocast(self.device.type, kind, enabled=kind != torch.float32):
+        with self._autocast():
             outputs: Outputs = self.parallel.module(**inputs)
         return outputs
+
+    def _autocast(self) -> torch.autocast:
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
+        return torch.autocast(self.device.type, kind, enabled=kind != torch.float32)
 
     def _inputs(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the objective's `forward` takes for the whole batch, and the facts that its `loss` takes."""
         objective, config, device = self.objective, self.config, self.device
         pixels = objective.model.image_processor.normalise(batch.squares.to(device, non_blocking=True))
         tokens = batch.tokens
-        if batch.negatives is not None and config.loss.hard_negatives:
+        if batch.negatives is not None and self.objective.config.hard_negatives:
             tokens = torch.cat([tokens, batch.negatives])
         inputs: dict[str, Any] = {"pixels": pixels, "tokens": tokens.to(device, non_blocking=True)}
         if self.images is not None:
-            inputs["image"] = self.images.embed(
-                batch.indices, pixels, lambda part: self._forward(pixels=part)["image"]
-            )
-            del inputs["pixels"]
-        if config.loss.caption_weight:
+            with self._autocast():
+                inputs["image_features"] = self.images.embed(batch.indices, inputs.pop("pixels"))
+        if self.objective.config.caption_weight:
             inputs["captions"] = batch.tokens[batch.captions].to(device)
         if batch.replay is not None:
             inputs["replay"] = objective.model.image_processor.normalise(batch.replay.to(device))

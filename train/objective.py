@@ -62,9 +62,8 @@ class Objective(nn.Module):
     def forward(
         self,
         pixels: Float[Tensor, "b 3 h w"] | None = None,
-        image: Float[Tensor, "b e"] | None = None,
+        image_features: Float[Tensor, "b d"] | None = None,
         tokens: Int[Tensor, "c t"] | None = None,
-        text: Float[Tensor, "c e"] | None = None,
         captions: Int[Tensor, "b t"] | None = None,
         replay: Float[Tensor, "r 3 h w"] | None = None,
         shares: Mapping[str, float] | None = None,
@@ -73,7 +72,7 @@ class Objective(nn.Module):
 
         Args:
             pixels, tokens: of pictures and texts, each the ones of this chunk; a chunk may lack one.
-            image, text: instead, their embeddings, where these are known already.
+            image_features: instead of pixels, what the tower pools before its projection, if that is known.
             captions: tokens of each picture's own caption, for the caption loss.
             replay: pictures whose features are kept; None keeps those of `pixels`.
             shares: what part of the batch's pictures (`pixels`), caption tokens (`captions`) and replayed
@@ -82,8 +81,9 @@ class Objective(nn.Module):
         model, config, outputs = self.model, self.config, Outputs()
         is_learning, shares = torch.is_grad_enabled(), shares or {}
         local: list[Tensor] = []
-        if image is not None:
-            outputs["image"] = image
+        if image_features is not None:
+            projected = model.project_image(model.tower.backbone.project(image_features))
+            outputs["image"] = normalize(projected.float(), dim=-1)
         elif pixels is not None:
             features, embeddings, image_tokens = self._see(pixels)
             outputs["image"] = normalize(embeddings.float(), dim=-1)
@@ -99,9 +99,7 @@ class Objective(nn.Module):
         if is_learning and replay is not None and config.keep:
             share = config.keep.weight * shares.get("replay", 1.0)
             local.append(share * self._distance(replay, model.tower(replay)))
-        if text is not None:
-            outputs["text"] = text
-        elif tokens is not None:
+        if tokens is not None:
             found = model.text(tokens)  # of a CoCa, with the states that its decoder goes on
             outputs["text"] = normalize((found if isinstance(found, Tensor) else found[0]).float(), dim=-1)
         outputs["logit_scale"] = model.logit_scale.float().exp()

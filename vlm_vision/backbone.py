@@ -132,6 +132,17 @@ class Backbone(nn.Module, ABC):
         """
         return self.forward_layers(pixels, layers), self.pooled(pixels)
 
+    projection: tuple[str, ...] = ()
+    """Names of the parameters that `project` uses."""
+
+    def pooled_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """What `project` makes `pooled` of: the same in every epoch while only the projection learns."""
+        return self.pooled(pixels)
+
+    def project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        """The last step of `pooled`, where it is one of its own."""
+        return features
+
     def drop_patches(self, share: float) -> None:
         """Leave out this share of the patches in training, others each time (FLIP, arXiv:2212.00794)."""
         if share:

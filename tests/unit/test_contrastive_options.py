@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from vlm_vision import DualEncoder, VisionTower, load_dual_encoder
 from vlm_vision.adapters import load_adapter
+from vlm_vision.backbones.open_clip import VitBackbone
 from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError, VlmVisionError
 from vlm_vision.train import learner as learner_module
 from vlm_vision.train.checkpoint import latest_checkpoint
-from vlm_vision.train.contrastive import TERMINATED, effective_loss, prepare_model, train_contrastive
+from vlm_vision.train.contrastive import TERMINATED, prepare_model, train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.depth import depths, text_blocks, vision_blocks
 from vlm_vision.train.learner import Learner
@@ -264,8 +266,8 @@ def test_last_blocks_and_what_it_means_for_a_vlm(
 def test_for_a_vlm_features_change_or_the_run_is_refused(data: Path, tmp_path: Path) -> None:
     assert choose_recipe("auto", 18, for_vlm=True)[0] == "lora"
     settings = config(data, recipe="auto", for_vlm=True, lr=None)
-    assert effective_loss(settings).patch_weight == 1.0
-    assert effective_loss(config(data, for_vlm=True, loss={"patch_weight": 0.0})).patch_weight == 0
+    assert settings.loss_of_run().patch_weight == 1.0
+    assert config(data, for_vlm=True, loss={"patch_weight": 0.0}).loss_of_run().patch_weight == 0
     train_contrastive(settings, tmp_path / "run")
     pixels = torch.randn(2, 3, 32, 32)
     before, after = (
@@ -309,25 +311,27 @@ def test_a_temperature_of_its_own(data: Path, tmp_path: Path) -> None:
 # --- Cost
 
 
-def test_embeddings_of_a_frozen_tower_are_computed_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recipe", ["lit", "frozen_vision"])
+def test_a_frozen_tower_runs_once_for_each_picture(
+    recipe: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs: list[int] = []
-    pooled = VisionTower.pooled
+    seen: list[int] = []
+    forward = VitBackbone.forward_layers
 
-    def counted(self: VisionTower, pixels: Tensor, **options: Any) -> Tensor:
-        runs.append(len(pixels))
-        return pooled(self, pixels, **options)
+    def counted(self: VitBackbone, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        seen.append(len(pixels))
+        return forward(self, pixels, layers)
 
-    settings = config(data, recipe="lit", steps=10, augment=FIXED)
+    settings = config(data, recipe=recipe, steps=10, augment=FIXED)
     with monkeypatch.context() as patch:
-        patch.setattr(VisionTower, "pooled", counted)
+        patch.setattr(VitBackbone, "forward_layers", counted)
         train_contrastive(settings, tmp_path / "cached")
-        assert sum(runs) <= PICTURES
+        assert sum(seen) <= PICTURES
         patch.setattr(learner_module.EmbeddingCache, "for_images", lambda *arguments: None)
         train_contrastive(settings, tmp_path / "again")
-    assert sum(runs) > 4 * PICTURES
+    assert sum(seen) > 4 * PICTURES
     assert curve(tmp_path / "cached", "loss") == pytest.approx(curve(tmp_path / "again", "loss"), rel=1e-5)
+    assert ("tower.backbone.visual.proj" in changed(data, tmp_path / "cached")) == (recipe == "frozen_vision")
 
 
 @pytest.mark.parametrize(

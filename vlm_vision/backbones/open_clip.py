@@ -215,7 +215,16 @@ class VitBackbone(_NativeBackbone):
 
     def _head(self, last: Float[Tensor, "b tokens d"]) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b m d"]]:
         embedding, tokens = self.visual._pool(last)
-        return (embedding if self.visual.proj is None else embedding @ self.visual.proj), tokens
+        return self.project(embedding), tokens
+
+    projection = ("visual.proj",)
+
+    def pooled_features(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        features: Tensor = self.visual._pool(self.forward_layers(pixels, [self.info.num_layers])[0])[0]
+        return features
+
+    def project(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b e"]:
+        return features if self.visual.proj is None else features @ self.visual.proj
 
     def drop_patches(self, share: float) -> None:
         self.visual.patch_dropout = PatchDropout(share) if share else nn.Identity()
