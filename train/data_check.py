@@ -17,7 +17,7 @@ from vlm_vision.picture_list import NamedBytes
 from vlm_vision.pictures import open_image
 from vlm_vision.progress import progress_bar
 from vlm_vision.text import Tokenizer
-from vlm_vision.train.fingerprints import caption_id, content_id, picture_id
+from vlm_vision.train.fingerprints import caption_id, content_id, join_looks, picture_id
 from vlm_vision.train.pairs import Pairs, write_bad_list
 from vlm_vision.train.pairs_config import DataConfig, source_nodes
 from vlm_vision.train.report import Report
@@ -103,6 +103,7 @@ def check_data(config: DataConfig, *, tokenizer: Tokenizer, workers: int) -> Fin
     pictures, captions = (np.concatenate([part[place] for part in parts]) for place in range(2))
     if not len(pictures):
         raise DataError(f"not one of {len(pairs):,} pictures can be read; the first: {bad[0]}")
+    pictures["look"] = join_looks(pictures["look"])
     by_source = zip(nodes, pairs.sources, strict=True)
     allowed = sum(max_bad(node, len(source) + len(source.bad_rows)) for node, source in by_source)
     return Findings(pairs, [*pairs.bad_rows, *bad], allowed, pictures, captions, tokenizer.context_length)

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from tiny import captioned_pictures, tiny_dual_encoder
 
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.train.fingerprints import caption_id, picture_id
+from vlm_vision.train.fingerprints import caption_id, join_looks, picture_id
 from vlm_vision.train.pairs import Batch, Pairs, training_loader
 from vlm_vision.train.pairs_config import AugmentConfig, PairsConfig
 
@@ -159,6 +160,16 @@ def test_picture_ids_see_through_copies() -> None:
     ]
     plain = [Image.new("RGB", (30, 20), colour) for colour in ("red", "green", "#ff0001", "white")]
     assert len({picture_id(image) for image in (scene, *others, *plain)}) == 8
+
+
+def test_looks_that_differ_in_a_bit_are_joined() -> None:
+    base = [0x0123456789ABCDEF, -1, 0, -(2**63)]
+    ids = [base[0], base[0] ^ 1, base[0] ^ 3, base[0] ^ 0x70, base[1], base[1] ^ (1 << 40), base[2], base[3]]
+    found = join_looks(np.array([*ids, base[0]], dtype=np.int64))
+    names = [found.tolist().index(value) for value in found.tolist()]
+    assert names == [0, 0, 0, 3, 4, 4, 6, 6, 0]  # 0 and the sign bit alone differ in one
+    numbers = np.random.default_rng(0).integers(-(2**63), 2**63, 5000)
+    assert np.array_equal(join_looks(numbers), numbers)
 
 
 def test_lanes_and_batches_that_do_not_divide(pairs: Pairs, model: DualEncoder) -> None:
