@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm_vision.cli import main
 from vlm_vision.errors import DataError
-from vlm_vision.text import Tokenizer
+from vlm_vision.text import OpenClipTokenizer
 from vlm_vision.train.data_check import Findings, check_data, write_findings
 from vlm_vision.train.pairs_config import PairsConfig
 
@@ -38,7 +38,9 @@ def table(tmp_path: Path) -> Path:
 
 
 def look_at(table: Path, workers: int = 0, **options: float) -> Findings:
-    return check_data(PairsConfig(path=str(table), **options), tokenizer=Tokenizer({}), workers=workers)
+    return check_data(
+        PairsConfig(path=str(table), **options), tokenizer=OpenClipTokenizer({}), workers=workers
+    )
 
 
 def test_what_is_found_by_hand(table: Path) -> None:

@@ -18,7 +18,7 @@ from tiny import TOWER, captioned_pictures, tiny_dual_encoder, tiny_tower
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from vlm_vision import DualEncoder, VisionTower, load_dual_encoder, load_tower
+from vlm_vision import VisionTower, load_dual_encoder, load_tower
 from vlm_vision.adapters import load_adapter
 from vlm_vision.adapters.lora import merge_lora
 from vlm_vision.architectures import transformers_config
@@ -28,6 +28,7 @@ from vlm_vision.export import export_clip, library_state
 from vlm_vision.layouts import convert
 from vlm_vision.train import contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
+from vlm_vision.train.learner import Learner
 
 ARCHITECTURE: Any = TOWER["backbone"]["architecture"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -262,14 +263,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Trains, and gives the checkpoint of step 2 with the whole model of that step beside it, `model_2`."""
-    write = contrastive._write
+    state = Learner.state
 
-    def both(folder: Path, model: DualEncoder, *rest: Any) -> None:
-        write(folder, model, *rest)
-        merge_lora(deepcopy(model)).save_pretrained(tmp_path / "model_2")  # type: ignore[operator]
+    def both(self: Learner) -> dict[str, Any]:
+        if self.schedule.last_epoch == 2:
+            merge_lora(deepcopy(self.objective.model)).save_pretrained(tmp_path / "model_2")  # type: ignore[operator]
+        return state(self)
 
     def train(**settings: Any) -> Path:
-        monkeypatch.setattr(contrastive, "_write", both)
+        monkeypatch.setattr(Learner, "state", both)
         tree = {
             "model": str(base),
             "data": {"path": str(captioned_pictures(tmp_path / "data"))},
@@ -279,6 +281,7 @@ def checkpoint(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
             "batch_size": 8,
             "lr": 1e-2,
             "workers": 0,
+            "report": False,
         }
         contrastive.train_contrastive(load_config(ContrastiveConfig, {**tree, **settings}), tmp_path / "run")
         return tmp_path / "run" / "checkpoints" / "step_2"
