@@ -30,7 +30,7 @@ from vlm_vision.train.pairs import BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
 from vlm_vision.train.rules import Rule, matching_rule
-from vlm_vision.train.run import Run, peak_memory_mb, prepare_process
+from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
@@ -97,14 +97,11 @@ def train_contrastive(
     ):
         if learnt is None:
             continue
-        after = _with_learnt(prepare_model(config, pairs.num_pairs).model, learnt)
-        if run.is_main and name == "model" and has_lora(after):
-            save_lora(after, run.folder / "adapter")
-        merge_lora(after).eval()
-        if run.is_main:
-            after.save_pretrained(run.folder / name)
-        found_after = evaluate(after.to(ranks.device), config.validation, group=ranks.group)
+        after = _save_model(config, pairs.num_pairs, learnt, run, name).to(ranks.device)
+        found_after = evaluate(after, config.validation, group=ranks.group)
         scores |= {f"{prefix}{key}": value for key, value in found_after.scores.items()}
+    if _is_best(scores, best_score(run, config), config) and run.is_main:
+        after.save_pretrained(run.folder / "best")
     run.log(total_steps, **scores)
     run.close()
     ranks.leave()
@@ -124,7 +121,7 @@ def _train(
     """Every step from `start` on; gives the last loss."""
     config, model, total_steps = learner.config, learner.objective.model, learner.total_steps
     bad = BadSamples(run.folder / BAD_FILE, pairs, is_main=run.is_main)
-    meter, best = _Meter(config.batch_size), -math.inf
+    meter, best = _Meter(config.batch_size), best_score(run, config)
     learner.train_mode()
     last_save = time.monotonic()
     with Terminated() as terminated, run.progress(total_steps, "contrastive", start=start) as bar:
@@ -172,7 +169,9 @@ def _train(
                 with learner.parallel.gathered():
                     scores = validate_dual_encoder(model, config.validation, group=learner.ranks.group)
                     run.log(step, **scores)
-                    best = _keep_best(learner, scores, best, run, pairs.num_pairs)
+                    if _is_best(scores, best, config):
+                        best = scores[config.best_by or ""]
+                        _save_model(config, pairs.num_pairs, learner.learnt(), run, "best")
                 learner.train_mode()
             meter.start()
     if meter.truncated and run.is_main:
@@ -191,22 +190,34 @@ def _save(learner: Learner, run: Run, step: int) -> None:
         save_checkpoint(run.checkpoints, step, lambda folder: learner.write(state, folder), keep=keep)
 
 
-def _keep_best(learner: Learner, scores: Mapping[str, float], best: float, run: Run, num_pairs: int) -> float:
-    """Save the model if its score is the best yet; gives the best score."""
-    config = learner.config
+def best_score(run: Run, config: ContrastiveConfig) -> float:
+    """The best that the run has logged of the score by which it keeps its best model."""
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    return max((line[config.best_by] for line in lines if config.best_by in line), default=-math.inf)
+
+
+def _is_best(scores: Mapping[str, float], best: float, config: ContrastiveConfig) -> bool:
     if config.best_by is None:
-        return best
+        return False
     if config.best_by not in scores:
         raise ConfigError(
             f"best_by {config.best_by!r} is no score of this validation{nearest(config.best_by, scores)} "
             f"(scores: {', '.join(scores)})"
         )
-    if scores[config.best_by] <= best or not run.is_main:
-        return max(best, scores[config.best_by])
-    model = _with_learnt(prepare_model(config, num_pairs).model, learner.learnt())
+    return scores[config.best_by] > best
+
+
+def _save_model(
+    config: ContrastiveConfig, num_pairs: int, learnt: Mapping[str, Tensor], run: Run, name: str
+) -> DualEncoder:
+    """The model with what it learnt, adapters merged, saved by one rank in the run's folder."""
+    model = _with_learnt(prepare_model(config, num_pairs).model, learnt)
+    if run.is_main and name == "model" and has_lora(model):
+        save_lora(model, run.folder / "adapter")
     merge_lora(model)
-    model.save_pretrained(run.folder / "best")
-    return scores[config.best_by]
+    if run.is_main:
+        model.save_pretrained(run.folder / name)
+    return model.eval()
 
 
 # --- What learns
