@@ -131,7 +131,9 @@ def write_tables(data: Path, folder: Path, pictures: int) -> dict[str, tuple[Pat
     return {name: (folder / name / "train.csv", folder / name / "test.csv") for name in CASES}
 
 
-def our_run(case: Case, table: Path, seed: int, folder: Path, micro: int | None = None) -> list[str]:
+def our_run(
+    case: Case, table: Path, seed: int, folder: Path, extra: dict[str, Any] | None = None
+) -> list[str]:
     config: dict[str, Any] = {
         "model": {
             "backbone": {
@@ -157,8 +159,7 @@ def our_run(case: Case, table: Path, seed: int, folder: Path, micro: int | None 
         "seed": seed,
         "report": False,
     }
-    if micro:
-        config["micro_batch_size"] = micro
+    config |= extra or {}
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return [sys.executable, "-m", "vlm_vision.cli", "contrastive", str(path), "-o", str(folder)]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from vlm_vision.config import load_config
-from vlm_vision.errors import VlmVisionError
+from vlm_vision.errors import MissingExtraError, VlmVisionError
 from vlm_vision.train.pairs_config import AugmentConfig
 from vlm_vision.train.run import PeakMemory, Run, check_finite, read_metrics, timed
 
@@ -108,3 +108,35 @@ def test_numpy_does_not_warn_that_denormals_are_gone() -> None:
         "warnings.simplefilter('error'); import numpy; print(numpy.finfo('float32'), numpy.finfo('float64'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_a_run_logs_to_weights_and_biases_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a stand-in for the library: what it is told."""
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "wandb.py").write_text(
+        "told = []\n"
+        "class _Run:\n"
+        "    def log(self, values, step): told.append((step, values))\n"
+        "    def finish(self): told.append('finished')\n"
+        "def init(**settings):\n"
+        "    told.append(settings)\n"
+        "    return _Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "library")
+    run = Run(tmp_path / "run", AugmentConfig(flip=0.5), wandb="a project")
+    run.log(3, loss=1.5)
+    run.close()
+    import wandb
+
+    monkeypatch.delitem(sys.modules, "wandb")
+    settings, logged, end = wandb.told
+    assert settings["project"] == "a project"
+    assert settings["id"] == "run"
+    assert settings["config"]["flip"] == 0.5
+    assert (logged, end) == ((3, {"loss": 1.5}), "finished")
+
+
+def test_weights_and_biases_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'vlm_vision\[wandb\]'"):
+        Run(tmp_path / "run", AugmentConfig(), wandb="a project")
