@@ -84,7 +84,7 @@ CASES = {
             "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
         },
         batch_size=100,
-        epochs=40,
+        epochs=30,
         lr=1e-3,
         weight_decay=0.05,
         warmup=32,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def join_ranks() -> tuple[int, int, torch.device]:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls it at every step, and torch 2.14 says so each time.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     # Only makes CPU collectives a little faster, and would need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return dist.get_rank(), dist.get_world_size(), device
