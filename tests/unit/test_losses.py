@@ -15,7 +15,7 @@ from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from vlm_vision.train.losses import distill_loss, info_nce_loss, siglip_loss
+from vlm_vision.train import distill_loss, info_nce_loss, siglip_loss
 
 
 def embeddings(pairs: int = 12, width: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
