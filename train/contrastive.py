@@ -5,31 +5,29 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlm_vision.adapters.lora import add_lora, check_lora_gradients, has_lora, merge_lora
+from vlm_vision.adapters.lora import check_lora_gradients, has_lora, merge_lora
 from vlm_vision.adapters.save import save_lora
-from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
+from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.errors import ConfigError, DataError, nearest, require
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive_config import ContrastiveConfig
-from vlm_vision.train.contrastive_report import BAD_FILE, REPORT_FILE, write_contrastive_report
-from vlm_vision.train.depth import changes_patches, last_blocks
+from vlm_vision.train.contrastive_report import REPORT_FILE, write_contrastive_report
 from vlm_vision.train.learner import Learner
 from vlm_vision.train.objective import Objective
-from vlm_vision.train.optim import apply_rules, trainable_summary
-from vlm_vision.train.pairs import BadSamples, Batch, Pairs, training_loader
+from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import Ranks
-from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
-from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.prepared import load_start, prepare_model, with_learnt
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
@@ -211,104 +209,13 @@ def _save_model(
     config: ContrastiveConfig, num_pairs: int, learnt: Mapping[str, Tensor], run: Run, name: str
 ) -> DualEncoder:
     """The model with what it learnt, adapters merged, saved by one rank in the run's folder."""
-    model = _with_learnt(prepare_model(config, num_pairs).model, learnt)
+    model = with_learnt(prepare_model(config, num_pairs).model, learnt)
     if run.is_main and name == "model" and has_lora(model):
         save_lora(model, run.folder / "adapter")
     merge_lora(model)
     if run.is_main:
         model.save_pretrained(run.folder / name)
     return model.eval()
-
-
-# --- What learns
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model with its adapters in, and who of it learns."""
-
-    model: DualEncoder
-    rules: Sequence[Rule]
-    lr: float
-    recipe: str
-    reason: str
-
-    def tell(self, config: ContrastiveConfig, pairs: Pairs) -> None:
-        """Print what learns and why, and what that means for a VLM."""
-        source = "" if config.lr else f" ({RECIPES[self.recipe].source})"
-        print(f"recipe {self.recipe!r}: {self.reason}; peak learning rate {self.lr:g}{source}")
-        if pairs.dropped:
-            print(f"{pairs.dropped} row(s) without a caption were left out; {BAD_FILE} lists them")
-        for part, (count, total) in trainable_summary(self.model).items():
-            print(f"  {part}: {count:,} of {total:,} parameters learn")
-        if not changes_patches(self.model):
-            print(
-                "  the layers behind them are frozen, so the patch features that a VLM reads stay as they "
-                "are; --for-vlm changes them"
-            )
-
-
-def prepare_model(config: ContrastiveConfig, num_pairs: int) -> Prepared:
-    """Load the model a run starts from, choose the recipe, put adapters in and set who learns.
-
-    The same config gives the same model each time, random weights included.
-
-    Raises:
-        ConfigError: a recipe or rules that do not fit the model, or that leave patch features for a VLM as
-            they are.
-    """
-    model = load_start(config)
-    recipe, reason = choose_recipe(config.recipe, num_pairs, for_vlm=config.for_vlm)
-    _set_temperature(model, config, recipe)
-    names = [name for name, _ in model.named_parameters()]
-    rules = config.rules or recipe_rules(recipe, config, names, last_blocks(model, config.last_n))
-    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
-    if targets:
-        add_lora(model, targets, config.lora)
-    apply_rules(model, rules)
-    # What the loss does not reach has no gradient that ranks could wait for.
-    if model.logit_bias is not None and config.loss.name != "siglip":
-        model.logit_bias.requires_grad_(False)
-    if model.text_decoder is not None and not config.loss.caption_weight:
-        model.text_decoder.requires_grad_(False)
-    if config.for_vlm and not changes_patches(model):
-        raise ConfigError(
-            f"for_vlm: with recipe {recipe!r} nothing learns that the patch features of layer "
-            f"{model.config.layer or 'default'} depend on; raise last_n, or use lora or full"
-        )
-    return Prepared(model, rules, config.lr or RECIPES[recipe].lr, recipe, reason)
-
-
-def load_start(config: ContrastiveConfig) -> DualEncoder:
-    """The model that a run starts from, random weights included."""
-    torch.manual_seed(config.seed)
-    return load_dual_encoder(
-        config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
-    )
-
-
-def _set_temperature(model: DualEncoder, config: ContrastiveConfig, recipe: str) -> None:
-    temperature = config.temperature
-    with torch.no_grad():
-        if temperature.init is not None:
-            model.logit_scale.fill_(math.log(temperature.init))
-        if config.loss.name != "siglip":
-            return
-        bias = temperature.bias_init
-        if bias is None and (model.logit_bias is None or recipe == "scratch"):
-            bias = -math.log(max(2, config.batch_size) - 1)
-        if model.logit_bias is None:
-            model.logit_bias = nn.Parameter(torch.zeros_like(model.logit_scale))
-        if bias is not None:
-            model.logit_bias.fill_(bias)
-
-
-def _with_learnt(model: DualEncoder, learnt: Mapping[str, Tensor]) -> DualEncoder:
-    targets = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, tensor in learnt.items():
-            targets[name].copy_(tensor)
-    return model
 
 
 # --- What comes in
@@ -415,11 +322,14 @@ class Terminated:
         self.is_set = False
 
     def __enter__(self) -> Terminated:
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._listens = threading.current_thread() is threading.main_thread()  # others get no signals
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True

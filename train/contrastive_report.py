@@ -18,12 +18,12 @@ from vlm_vision.errors import require
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.drift import Drift, drift, open_projector
 from vlm_vision.train.held_out import Pictures
-from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.pairs import BAD_FILE, Pairs
 from vlm_vision.train.report import Ranked, Report
 from vlm_vision.train.run import read_metrics
 from vlm_vision.train.validation import Evaluation, Retrieval, ZeroShot, evaluate
 
-REPORT_FILE, BAD_FILE = "report.html", "bad_samples.jsonl"
+REPORT_FILE = "report.html"
 SCORES = ("zero_shot_", "image_to_text_", "text_to_image_", "linear_probe_")
 RATES = ("truncated", "duplicate", "masked", "bad", "skipped")  # parts of the names of logged shares
 SHOWN_QUERIES, SHOWN_HITS, SHOWN_ROWS = 3, 5, 12

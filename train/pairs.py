@@ -28,6 +28,7 @@ from vlm_vision.train.shards import Shards
 from vlm_vision.train.sources import Source, SourceError, max_bad, open_source
 
 __all__ = [
+    "BAD_FILE",
     "BadSamples",
     "Batch",
     "EpochBatches",
@@ -36,6 +37,9 @@ __all__ = [
     "training_loader",
     "write_bad_list",
 ]
+
+
+BAD_FILE = "bad_samples.jsonl"
 
 
 class Pairs:

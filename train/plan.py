@@ -27,7 +27,7 @@ from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.optim import apply_rules, trainable_summary
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
-from vlm_vision.train.recipes import RECIPES, applicable_rules, choose_recipe
+from vlm_vision.train.prepared import prepare_model
 from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.sources import is_there
 from vlm_vision.train.vlm import embedding_width, load_llm, token_grid
@@ -189,20 +189,22 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
             "give --records N, or name a recipe"
         )
     model = describe_dual_encoder(_source(config.model))
-    recipe, reason = choose_recipe(config.recipe, pairs or 0)
-    names = [name for name, _ in model.named_parameters()]
-    rules = config.rules or applicable_rules(RECIPES[recipe].rules, names)
-    _set_learning(model, rules, config.lora)
+    prepared = prepare_model(config, pairs or 0, model)
     tower = model.tower
     tokens_per_image = tower.num_patches + tower.backbone.info.prefix_tokens
-    chosen = "its own rules" if config.rules else f"recipe {recipe!r} ({reason})"
+    chosen = "its own rules" if config.rules else f"recipe {prepared.recipe!r} ({prepared.reason})"
     stage = StagePlan(
         name="contrastive",
         settings=f"batch {config.batch_size}, {config.precision}, {chosen}",
         length=_length(config.steps, config.epochs, config.batch_size, pictures, path),
         steps=None if config.steps is None and pictures is None else config.total_steps(pictures or 0),
         tokens_per_step=config.batch_size * (tokens_per_image + model.tokenizer.context_length),
-        parts=_parts(model, 0, world, "autocast" if config.precision == "bf16" else "fp32"),
+        parts=_parts(
+            model,
+            3 if config.parallel == "fsdp" else 0,  # FSDP2 splits as ZeRO-3 does
+            world,
+            "fp32" if config.precision == "fp32" else "autocast",
+        ),
     )
     return Plan(tokens_per_image, world, (stage,))
 

@@ -23,11 +23,12 @@ from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError, VlmVisionError
 from vlm_vision.train import learner as learner_module
 from vlm_vision.train.checkpoint import latest_checkpoint
-from vlm_vision.train.contrastive import TERMINATED, prepare_model, train_contrastive
+from vlm_vision.train.contrastive import TERMINATED, train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.depth import depths, text_blocks, vision_blocks
 from vlm_vision.train.learner import Learner
 from vlm_vision.train.optim import parameter_groups
+from vlm_vision.train.prepared import prepare_model
 from vlm_vision.train.recipes import choose_recipe
 from vlm_vision.train.run import read_metrics
 
