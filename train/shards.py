@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,7 @@ class Shards:
         self.config, self.lanes = config, config.lanes
         self.shards = list(shards)
         self._cache = FileCache(config.cache_gb * 1e9)
+        self._lock = threading.RLock()
         self._indices: OrderedDict[int, _Index] = OrderedDict()
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self.counts = self._count()
@@ -176,7 +178,10 @@ class Shards:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_indices": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_indices": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _count(self) -> list[int]:
         known: dict[str, int] = {}
@@ -247,7 +252,8 @@ class Shards:
         if size < 0:
             return None
         try:
-            content = os.pread(self._file(shard).fileno(), size, int(known.offsets[number, column]))
+            with self._lock:  # of threads that score held-out pictures, one might close another's file
+                content = os.pread(self._file(shard).fileno(), size, int(known.offsets[number, column]))
         except OSError as error:
             raise SourceError(f"{self.shards[shard]}: cannot be read: {error}") from error
         if len(content) < size:
@@ -264,6 +270,10 @@ class Shards:
         return self._files[shard]
 
     def _index(self, shard: int) -> _Index:
+        with self._lock:
+            return self._known_index(shard)
+
+    def _known_index(self, shard: int) -> _Index:
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
