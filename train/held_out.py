@@ -63,7 +63,7 @@ def open_captioned(config: PairsConfig) -> Pictures:
         DataError: they cannot be read, or have classes instead.
     """
     if not is_benchmark_folder(config.path):
-        return Pairs(config)
+        return _strict(config)
     folder = BenchmarkFolder(config.path)
     if not folder.is_retrieval:
         raise DataError(f"{config.path}: pictures have classes there, and no captions")
@@ -93,7 +93,7 @@ def open_labelled(config: ZeroShotConfig, classes: Sequence[str] | None = None) 
             raise DataError(f"{config.path}: class {max(folder.labels)}, but {len(classes)} are named")
         pictures, targets, templates = folder, folder.labels, config.templates or folder.templates
     else:
-        pairs = Pairs(config)
+        pairs = _strict(config)
         labels = [pairs.captions(index)[0] for index in range(len(pairs))]
         classes = sorted(set(labels)) if classes is None else classes
         pictures, templates = pairs, config.templates
@@ -101,6 +101,13 @@ def open_labelled(config: ZeroShotConfig, classes: Sequence[str] | None = None) 
     return LabelledPictures(
         pictures, list(classes), read_templates(templates or BARE_NAME), torch.tensor(targets)
     )
+
+
+def _strict(config: PairsConfig) -> Pairs:
+    """All rows, or an error: scores over fewer pictures would not compare. A bound that is given holds."""
+    if "max_bad_share" in config.model_fields_set:
+        return Pairs(config)
+    return Pairs(config.model_copy(update={"max_bad_share": 0.0}))
 
 
 def embed_pictures(model: DualEncoder, pictures: Pictures) -> Float[Tensor, "n e"]:
