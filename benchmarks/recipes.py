@@ -39,14 +39,14 @@ from vlm_vision.train.validation_config import ValidationConfig, ZeroShotConfig
 
 LEFT_OUT = ("ship", "truck")
 SIZES = (1_000, 20_000, 50_000)
-STEPS = 160
+STEPS = 100
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="holds cifar10/")
     parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
-    parser.add_argument("--base-epochs", type=float, default=4)
+    parser.add_argument("--base-epochs", type=float, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()

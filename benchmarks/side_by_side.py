@@ -73,7 +73,7 @@ CASES = {
         epochs=2,
         lr=2e-3,
         weight_decay=0.1,
-        warmup=39,
+        warmup=11,
         score="zero_shot_top1",
     ),
     "flickr8k": Case(
@@ -84,10 +84,10 @@ CASES = {
             "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
         },
         batch_size=100,
-        epochs=30,
+        epochs=15,
         lr=1e-3,
         weight_decay=0.05,
-        warmup=32,
+        warmup=12,
         score="image_to_text_r1",
     ),
 }
