@@ -147,7 +147,7 @@ def our_run(
             }
         },
         "recipe": "scratch",
-        "data": {"path": str(table)},
+        "data": {"path": str(table), "image_folder": "/"},  # pictures stay where they are
         "augment": {"crop_area": [0.9, 1.0]},
         "batch_size": case.batch_size,
         "epochs": case.epochs,
@@ -214,6 +214,8 @@ def run_beside(commands: dict[str, list[str]], cores: list[int], logs: Path) -> 
                 found[name]["mib"] = max(found[name]["mib"], memory)
                 continue
             if process.returncode:
+                for other, _ in running.values():
+                    other.kill()
                 raise SystemExit(f"{name} failed: {logs / name}.log")
             found[name]["seconds"] = time.perf_counter() - begin
             del running[name]
@@ -252,7 +254,7 @@ def score(case: Case, table: Path, folder: Path) -> dict[str, float]:
     if case.name == "cifar10":
         config = ValidationConfig(zero_shot=ZeroShotConfig(path=str(table), templates=TEMPLATES))
     else:
-        config = ValidationConfig(retrieval=PairsConfig(path=str(table)))
+        config = ValidationConfig(retrieval=PairsConfig(path=str(table), image_folder="/"))
     return validate_dual_encoder(model, config)
 
 

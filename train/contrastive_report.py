@@ -123,7 +123,8 @@ def _scores(report: Report, before: Evaluation | None, after: Evaluation) -> Non
 def _curves(report: Report, metrics: Sequence[Mapping[str, Any]]) -> None:
     names = dict.fromkeys(name for line in metrics for name in line if name not in ("step", "time"))
     is_score = {name: name.startswith(SCORES) for name in names}
-    training = [name for name in names if not is_score[name]]
+    # What is nought throughout, such as skipped steps, is told in the table of skips, not drawn.
+    training = [name for name in names if not is_score[name] and any(line.get(name) for line in metrics)]
     scores = [
         name for name in names if is_score[name] and sum(name in line for line in metrics) > 1
     ]  # one point is no curve
