@@ -89,11 +89,9 @@ def main() -> None:
             folder = output / name
             if not (folder / "model").exists():
                 train_contrastive(config, folder)
-            tuned = DualEncoder.from_pretrained(folder / "model")
-            for label, model in (
-                (config.recipe, tuned),
-                (f"{config.recipe}, WiSE-FT 0.5", merge(base, tuned, 0.5)),
-            ):
+            tuned, mixed = (DualEncoder.from_pretrained(folder / "model") for _ in range(2))
+            merge(base, mixed, 0.5)
+            for label, model in ((config.recipe, tuned), (f"{config.recipe}, WiSE-FT 0.5", mixed)):
                 keep = ", features kept" if keeping else ""
                 found = score(base, model, tables, names, templates)
                 rows.append({"pairs": size, "run": f"{label}{keep}", **found})
