@@ -83,7 +83,8 @@ def test_the_loss_is_open_clips_and_every_parameter_learns(tmp_path: Path) -> No
         gradient = gradients[name.removeprefix("tower.backbone.")]
         assert parameter.grad is not None, name
         assert gradient is not None
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6), name
+        # Worst measured: 1.1e-6, beside elements of 1.6.
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-5), name
 
 
 @torch.no_grad()
