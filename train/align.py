@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vlm_vision.adapters.build import build_projector, load_projector, load_projector_weights
 from vlm_vision.adapters.lora import merge_lora
 from vlm_vision.errors import DataError
-from vlm_vision.tower import VisionTower, load_tower
+from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.conversations import read_template
 from vlm_vision.train.deepspeed_engine import join_ranks
@@ -88,12 +88,7 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     template = stage.chat_template or config.chat_template
     tokenizer = load_tokenizer(config.llm, None if template is None else read_template(template))
-    if "tower" in learnt:
-        tower = VisionTower.from_pretrained(learnt["tower"])
-    else:
-        tower = load_tower(
-            config.tower if isinstance(config.tower, str) else config.tower.model_dump(mode="json")
-        )
+    tower = load_tower(learnt.get("tower", config.tower))
     if "llm" in learnt:
         llm = load_llm(learnt["llm"], dtype=dtype)
     else:

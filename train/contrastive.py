@@ -84,14 +84,14 @@ def train_contrastive(
 
     run = Run(output, config, resume_step=start, wandb=config.wandb)
     loss = _train(learner, batches, run, pairs, start)
-    state = learner.state()
+    weights = learner.weights()
     del objective, learner
     scores: dict[str, float] = {}
     after, found_after = prepared.model, None
     # The averaged weights first, so that what is reported of in the end are the last ones.
     for name, prefix, learnt in (
-        ("model_ema", "ema_", state.get("average")),
-        ("model", "", state["learnt"]),
+        ("model_ema", "ema_", weights.get("average")),
+        ("model", "", weights["learnt"]),
     ):
         if learnt is None:
             continue

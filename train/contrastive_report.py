@@ -19,7 +19,7 @@ from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.drift import Drift, drift, open_projector
 from vlm_vision.train.held_out import Pictures
 from vlm_vision.train.pairs import BAD_FILE, Pairs
-from vlm_vision.train.report import Ranked, Report
+from vlm_vision.train.report import Ranked, Report, style_axis
 from vlm_vision.train.run import read_metrics
 from vlm_vision.train.validation import Evaluation, Retrieval, ZeroShot, evaluate
 
@@ -323,14 +323,8 @@ def _drift_figure(found: Drift) -> Any:
         for number, layer in enumerate(found.read):
             label = "read by a VLM" if axis is likeness and number == 0 else None
             axis.axvline(layer, color="#1c2430", linewidth=0.9, linestyle=":", label=label)
-        axis.set_xlabel("layer", fontsize=8, color="#5d6878")
+        style_axis(axis, "layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.tick_params(labelsize=8, colors="#5d6878")
-        axis.grid(color="#e3e7ee", linewidth=0.7)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axis.spines[side].set_color("#c5ccd8")
     likeness.legend(fontsize=8, frameon=False)
     return figure
 

@@ -306,15 +306,20 @@ class Learner:
         kept = self.objective.model.state_dict().keys() & buffers.keys()
         return state | {name: whole(buffers[name]) for name in sorted(kept)}
 
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """What was learnt, and its average where there is one, whole and on the CPU; every rank must ask."""
+        weights: dict[str, dict[str, Tensor]] = {"learnt": whole_state(self.learnt())}
+        if self.average:
+            weights["average"] = dict(zip(self.names, whole_state(self.average), strict=True))
+        return weights
+
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds, whole and on the CPU; every rank must ask for it."""
         state: dict[str, Any] = {
-            "learnt": whole_state(self.learnt()),
+            **self.weights(),
             "optimizer": optimizer_state(self.optimizer, self._learning()),
             "progress": {"steps": self.schedule.last_epoch, "scaler": self.scaler.state_dict()},
         }
-        if self.average:
-            state["average"] = dict(zip(self.names, whole_state(self.average), strict=True))
         if self.objective.patch_head is not None:
             head = self.objective.patch_head.state_dict()
             state["patch_head"] = whole_state(head)

@@ -50,9 +50,7 @@ class Objective(nn.Module):
         self._reference = [_frozen_reference(model.tower)] if config.keep else []
         self._teacher: list[DualEncoder] = []
         if config.distill:
-            teacher = config.distill.teacher
-            source = teacher if isinstance(teacher, str) else teacher.model_dump(mode="json")
-            self._teacher = [load_dual_encoder(source).requires_grad_(False)]
+            self._teacher = [load_dual_encoder(config.distill.teacher).requires_grad_(False)]
 
     def move_references(self, device: torch.device) -> None:
         """Put references and teachers where the model is."""

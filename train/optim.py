@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_vision.adapters.lora import add_lora
+from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.errors import ConfigError, require
 from vlm_vision.train.rules import Rule, base_name, check_rules, matching_rule
 
@@ -26,6 +28,19 @@ def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
         parameter.requires_grad_(learns)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter learns: every rule says frozen, or lora where no layer takes it")
+
+
+def set_learning(model: nn.Module, rules: Sequence[Rule], lora: LoraConfig) -> None:
+    """Put adapters where the rules say, and set who learns.
+
+    Raises:
+        ConfigError: as `add_lora` and `apply_rules`.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
+    if targets:
+        add_lora(model, targets, lora)
+    apply_rules(model, rules)
 
 
 def parameter_groups(

@@ -5,7 +5,6 @@ Models are built on the meta device, where tensors have shapes and no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,20 +14,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vlm_vision.adapters.build import build_projector
-from vlm_vision.adapters.lora import add_lora
-from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.dual_encoder import describe_dual_encoder
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.tower import describe_tower
-from vlm_vision.tower_config import TowerConfig
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import Conversations
-from vlm_vision.train.optim import apply_rules, trainable_summary
+from vlm_vision.train.optim import set_learning, trainable_summary
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.prepared import prepare_model
-from vlm_vision.train.rules import Rule, matching_rule
 from vlm_vision.train.sources import is_there
 from vlm_vision.train.vlm import embedding_width, load_llm, token_grid
 
@@ -151,7 +146,7 @@ def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = Non
     tokens_per_image = 0
     for stage in config.stages:
         model, tokens_per_image = _vision_language_model(config.model)
-        _set_learning(model, stage.learn, stage.lora)
+        set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
         stages.append(
             StagePlan(
@@ -188,7 +183,7 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
             f"{path!r} does not exist, so there is nothing to count and choose a recipe by: "
             "give --records N, or name a recipe"
         )
-    model = describe_dual_encoder(_source(config.model))
+    model = describe_dual_encoder(config.model)
     prepared = prepare_model(config, pairs or 0, model)
     tower = model.tower
     tokens_per_image = tower.num_patches + tower.backbone.info.prefix_tokens
@@ -222,7 +217,7 @@ def memory_of(parameters: int, learning: int, *, zero_stage: int, world: int, pr
 
 def _vision_language_model(config: VlmConfig) -> tuple[nn.Module, int]:
     """The parts under the names that rules match, and the tokens of a picture."""
-    tower = describe_tower(_source(config.tower))
+    tower = describe_tower(config.tower)
     with torch.device("meta"):
         llm = _language_model(config)
         projector = build_projector(
@@ -243,18 +238,6 @@ def _language_model(config: VlmConfig) -> nn.Module:
         raise ConfigError(
             f"{error}\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
         ) from error
-
-
-def _source(source: str | TowerConfig) -> Any:
-    return source if isinstance(source, str) else source.model_dump(mode="json")
-
-
-def _set_learning(model: nn.Module, rules: Sequence[Rule], lora: LoraConfig) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
-    if targets:
-        add_lora(model, targets, lora)
-    apply_rules(model, rules)
 
 
 def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) -> tuple[PartPlan, ...]:

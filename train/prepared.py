@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlm_vision.adapters.lora import add_lora
 from vlm_vision.dual_encoder import DualEncoder, load_dual_encoder
 from vlm_vision.errors import ConfigError
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.depth import changes_patches, last_blocks
-from vlm_vision.train.optim import apply_rules, trainable_summary
+from vlm_vision.train.optim import set_learning, trainable_summary
 from vlm_vision.train.pairs import BAD_FILE, Pairs
 from vlm_vision.train.recipes import RECIPES, choose_recipe, recipe_rules
-from vlm_vision.train.rules import Rule, matching_rule
+from vlm_vision.train.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,7 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int, model: DualEncoder 
     _set_temperature(model, config, recipe)
     names = [name for name, _ in model.named_parameters()]
     rules = config.rules or recipe_rules(recipe, config, names, last_blocks(model, config.last_n))
-    targets = [name for name in names if (rule := matching_rule(name, rules)) and rule.learn == "lora"]
-    if targets:
-        add_lora(model, targets, config.lora)
-    apply_rules(model, rules)
+    set_learning(model, rules, config.lora)
     # What the loss does not reach has no gradient that ranks could wait for.
     if model.logit_bias is not None and config.loss.name != "siglip":
         model.logit_bias.requires_grad_(False)
@@ -84,9 +80,7 @@ def prepare_model(config: ContrastiveConfig, num_pairs: int, model: DualEncoder 
 def load_start(config: ContrastiveConfig) -> DualEncoder:
     """The model that a run starts from, random weights included."""
     torch.manual_seed(config.seed)
-    return load_dual_encoder(
-        config.model if isinstance(config.model, str) else config.model.model_dump(mode="json")
-    )
+    return load_dual_encoder(config.model)
 
 
 def _set_temperature(model: DualEncoder, config: ContrastiveConfig, recipe: str) -> None:

@@ -433,13 +433,18 @@ def _plot_curve(axis: Any, title: str, steps: NDArray[Any], values: NDArray[Any]
     if window > 1:
         axis.plot(steps[half : len(steps) - half], smooth, color="#2f6fdb", linewidth=1.6)
     axis.set_title(title, fontsize=9, loc="left", color="#1c2430")
+    style_axis(axis, "step")
+
+
+def style_axis(axis: Any, x_label: str) -> None:
+    """The look that all plots of reports share."""
     axis.tick_params(labelsize=8, colors="#5d6878")
     axis.grid(color="#e3e7ee", linewidth=0.7)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axis.spines[side].set_color("#c5ccd8")
-    axis.set_xlabel("step", fontsize=8, color="#5d6878")
+    axis.set_xlabel(x_label, fontsize=8, color="#5d6878")
 
 
 def _thumbnail(picture: Image.Image) -> str:

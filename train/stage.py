@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from vlm_vision.adapters.lora import add_lora
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
@@ -28,14 +27,13 @@ from vlm_vision.train.deepspeed_engine import (
     start_engine,
 )
 from vlm_vision.train.optim import (
-    apply_rules,
     parameter_groups,
+    set_learning,
     trainable_summary,
     warmup_cosine,
     warmup_steps,
 )
 from vlm_vision.train.pairs import EpochBatches, write_bad_list
-from vlm_vision.train.rules import matching_rule
 from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
@@ -176,11 +174,7 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
 
 def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
     """Put adapters in and set who learns."""
-    names = [name for name, _ in model.named_parameters()]
-    targets = [name for name in names if (rule := matching_rule(name, stage.learn)) and rule.learn == "lora"]
-    if targets:
-        add_lora(model, targets, stage.lora)
-    apply_rules(model, stage.learn)
+    set_learning(model, stage.learn, stage.lora)
     if stage.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vlm_vision.text import TextSide, Tokenizer
 from vlm_vision.tower import (
     DUAL_ENCODER_TYPE,
     TOKENIZER_FOLDER,
+    Source,
     VisionTower,
     describe_tower,
     read_folder,
@@ -215,7 +215,7 @@ def caption_loss(
     return cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=pad_id)
 
 
-def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) -> DualEncoder:
+def load_dual_encoder(source: Source, **overrides: Any) -> DualEncoder:
     """Load a dual encoder, in evaluation mode, from any source that `load_tower` takes.
 
     Args:
@@ -237,7 +237,7 @@ def load_dual_encoder(source: str | Path | Mapping[str, Any], **overrides: Any) 
     return DualEncoder(VisionTower(config, config.backbone.build()), text).eval()
 
 
-def describe_dual_encoder(source: str | Path | Mapping[str, Any]) -> DualEncoder:
+def describe_dual_encoder(source: Source) -> DualEncoder:
     """The dual encoder of any source, without its weights, on the meta device; see `describe_tower`.
 
     Raises:

@@ -28,6 +28,8 @@ CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "config.json", "model.safetensors"
 MODEL_TYPE = "vlm_vision_tower"
 DUAL_ENCODER_TYPE = "vlm_vision_dual_encoder"
 
+Source = str | Path | Mapping[str, Any] | TowerConfig
+
 
 class VisionTower(nn.Module):
     """Patch features of one backbone.
@@ -354,7 +356,7 @@ class VisionTower(nn.Module):
 
 
 def load_tower(
-    source: str | Path | Mapping[str, Any],
+    source: Source,
     *,
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
@@ -365,7 +367,7 @@ def load_tower(
 
     Args:
         source: `source:model[@weights]` (`open_clip:ViT-L-14-336-quickgelu@openai`), a YAML or mapping of
-            `TowerConfig`'s fields, or a folder written by `save_pretrained`.
+            `TowerConfig`'s fields, the config itself, or a folder written by `save_pretrained`.
         device_map: where the weights go: a device, `{"": device}`, "auto", or devices of modules; the CPU by
             default. This and the two that belong to it are as of `vlm_vision.device_map.place`.
         overrides: fields of `TowerConfig`, such as `layer=-2` or `dtype="bfloat16"`.
@@ -388,7 +390,7 @@ def load_tower(
     return tower
 
 
-def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> TowerConfig:
+def tower_config(source: Source, **overrides: Any) -> TowerConfig:
     """The config behind any source that `load_tower` takes; reads no weights.
 
     Raises:
@@ -398,6 +400,8 @@ def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> To
     if folder is not None:
         stored = _read_config(folder, MODEL_TYPE, DUAL_ENCODER_TYPE)
         return validate(TowerConfig, {**stored.model_dump(mode="json"), **overrides}, str(folder))
+    if isinstance(source, TowerConfig):
+        source = source.model_dump(mode="json")
     if isinstance(source, Mapping):
         return load_config(TowerConfig, {**source, **overrides})
     text = str(source)
@@ -414,7 +418,7 @@ def tower_config(source: str | Path | Mapping[str, Any], **overrides: Any) -> To
     return load_config(TowerConfig, {"backbone": text, **overrides})
 
 
-def describe_tower(source: str | Path | Mapping[str, Any], **overrides: Any) -> VisionTower:
+def describe_tower(source: Source, **overrides: Any) -> VisionTower:
     """The tower of any source that `load_tower` takes, without its weights: facts and parameter counts.
 
     It is on the meta device, where tensors have shapes and no memory; no weights file is touched.
