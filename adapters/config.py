@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vlm_vision.config import Config, validate
+from vlm_vision.errors import ConfigError
 from vlm_vision.registry import Registry, Variant
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ PROJECTORS = Registry(
     kind="projector",
     group="vlm_vision.projectors",
     builtin=(
-        ("linear", "vlm_vision.adapters.config:LinearConfig"),
-        ("mlp", "vlm_vision.adapters.config:MlpConfig"),
-        ("qformer", "vlm_vision.adapters.config:QFormerConfig"),
+        ("linear", "vlm_vision.adapters.mlp_config:LinearConfig"),
+        ("mlp", "vlm_vision.adapters.mlp_config:MlpConfig"),
+        ("qformer", "vlm_vision.adapters.qformer_config:QFormerConfig"),
     ),
 )
 
@@ -32,85 +33,42 @@ Width = Annotated[int, Field(gt=0)]
 
 
 class ProjectorConfig(Config):
-    """Base of every projector config, ours and others'."""
+    """Base of every projector config, ours and others'. No torch here: all but `build` costs nothing."""
 
     name: str
 
+    def grid_out(self, grid: Grid) -> Grid:
+        """Rows and columns of the tokens that a picture of `grid` patches becomes; queries are one row.
+
+        Raises:
+            ConfigError: a grid that this projector cannot take, and what would help.
+        """
+        raise NotImplementedError
+
     def tokens_out(self, grid: Grid) -> int:
-        """Tokens M that a picture of `grid` patches takes in the language model."""
+        """Tokens M that a picture of `grid` patches takes in the language model.
+
+        Raises:
+            ConfigError: as `grid_out`.
+        """
+        rows, columns = self.grid_out(grid)
+        return rows * columns
+
+    def check(self, in_features: int, out_features: int, grid: Grid) -> None:
+        """What can be told before anything is built: that widths and grid fit.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        self.grid_out(grid)
+
+    def parameter_count(self, in_features: int, out_features: int, grid: Grid) -> int:
+        """Weights of the module that `build` makes, by formula."""
         raise NotImplementedError
 
     def build(self, in_features: int, out_features: int, grid: Grid) -> Projector:
         """The module [B,N,D] -> [B,M,L] for D `in_features` and L `out_features`, freshly initialised."""
         raise NotImplementedError
-
-
-class LinearConfig(ProjectorConfig):
-    """One linear layer per patch, as in the first LLaVA (arXiv 2304.08485, section 4.1)."""
-
-    name: Literal["linear"] = "linear"
-
-    def tokens_out(self, grid: Grid) -> int:
-        return grid[0] * grid[1]
-
-    def build(self, in_features: int, out_features: int, grid: Grid) -> Projector:
-        from vlm_vision.adapters.mlp import LinearProjector
-
-        return LinearProjector(self, in_features, out_features, grid)
-
-
-class MlpConfig(ProjectorConfig):
-    """A perceptron per patch, LLaVA-1.5's connector (arXiv 2310.03744, section 3.2); `mlp2x_gelu` is depth 2.
-
-    Attributes:
-        depth: number of linear layers; the first goes to the language model's width, the rest stay there.
-        activation: between two linear layers.
-    """
-
-    name: Literal["mlp"] = "mlp"
-    depth: int = Field(2, ge=1)
-    activation: Literal["gelu", "relu", "silu"] = "gelu"
-
-    def tokens_out(self, grid: Grid) -> int:
-        return grid[0] * grid[1]
-
-    def build(self, in_features: int, out_features: int, grid: Grid) -> Projector:
-        from vlm_vision.adapters.mlp import MlpProjector
-
-        return MlpProjector(self, in_features, out_features, grid)
-
-
-class QFormerConfig(ProjectorConfig):
-    """BLIP-2's querying transformer (arXiv 2301.12597, section 3.1) and the linear layer behind it.
-
-    Attributes:
-        num_queries: learnt queries, which are the tokens that come out, however many patches go in.
-        layers, heads, hidden_size: BERT-base by default.
-        cross_attention_frequency: every how many layers the queries look at the patches.
-        dropout: on hidden states and attention while training.
-    """
-
-    name: Literal["qformer"] = "qformer"
-    num_queries: int = Field(32, gt=0)
-    layers: int = Field(12, gt=0)
-    heads: int = Field(12, gt=0)
-    hidden_size: int = Field(768, gt=0)
-    cross_attention_frequency: int = Field(2, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> QFormerConfig:
-        if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.heads} heads")
-        return self
-
-    def tokens_out(self, grid: Grid) -> int:
-        return self.num_queries
-
-    def build(self, in_features: int, out_features: int, grid: Grid) -> Projector:
-        from vlm_vision.adapters.qformer import QFormerProjector
-
-        return QFormerProjector(self, in_features, out_features, grid)
 
 
 class ProjectorVariant(Variant):
@@ -120,7 +78,7 @@ class ProjectorVariant(Variant):
         try:
             return super().class_of(_expand_llava_name(node))
         except PydanticCustomError:
-            return MlpConfig
+            return PROJECTORS.config_class("mlp")
 
     def validate(self, value: Any) -> Config:
         return super().validate(_expand_llava_name(value))
@@ -138,6 +96,14 @@ class BuildArguments(Config):
     out_features: Width
     grid: tuple[Width, Width]
 
+    @model_validator(mode="after")
+    def _fits(self) -> BuildArguments:
+        try:
+            self.projector.check(self.in_features, self.out_features, self.grid)
+        except ConfigError as error:
+            raise PydanticCustomError("projector", "{reason}", {"reason": str(error)}) from error
+        return self
+
 
 def parse_projector(projector: str | Mapping[str, Any] | ProjectorConfig) -> ProjectorConfig:
     """The config that a name or a mapping stands for.
@@ -145,8 +111,11 @@ def parse_projector(projector: str | Mapping[str, Any] | ProjectorConfig) -> Pro
     Raises:
         ConfigError: unknown name or option, with the nearest valid one.
     """
-    arguments = {"projector": projector, "in_features": 1, "out_features": 1, "grid": (1, 1)}
-    return validate(BuildArguments, arguments, "projector").projector
+    return validate(_Named, {"projector": projector}, "projector").projector
+
+
+class _Named(Config):
+    projector: ProjectorNode
 
 
 def _expand_llava_name(node: Any) -> Any:

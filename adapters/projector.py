@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlm_vision.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlm_vision.adapters.config import Grid, ProjectorConfig
 
 
 class Projector(nn.Module):
-    """Base of projectors. Comes first among the bases of a class that is also a ready-made torch module.
+    """Base of projectors: `projector(patches)`, or `projector(patches, grid)` for pictures of another grid.
+
+    Tiles are pictures of their own: a tiled picture comes as its tiles along B, and is put together after
+    (`vlm_vision.tiling`). Comes first among the bases of a class that is also a ready-made torch module.
 
     Attributes:
         config: the config it was built from.
@@ -31,6 +37,24 @@ class Projector(nn.Module):
         self.config, self.grid = config, grid
         self.in_features, self.out_features = in_features, out_features
 
+    def grid_out(self, grid: Grid | None = None) -> Grid:
+        """Rows and columns of the tokens of a picture of `grid` patches; of its own grid by default."""
+        return self.config.grid_out(grid or self.grid)
+
     def tokens_out(self, grid: Grid | None = None) -> int:
         """Tokens M of a picture of `grid` patches; of this projector's own grid by default."""
         return self.config.tokens_out(grid or self.grid)
+
+    def grid_of(self, patches: Float[Tensor, "b n d"], grid: Grid | None) -> Grid:
+        """The grid that patches lie on: the one given, or its own.
+
+        Raises:
+            ConfigError: they are not that many.
+        """
+        rows, columns = grid or self.grid
+        if patches.shape[1] != rows * columns:
+            raise ConfigError(
+                f"{self.config.name}: {patches.shape[1]} patches do not lie on a grid of {rows}x{columns}; "
+                "give the grid they have: projector(patches, (rows, columns))"
+            )
+        return rows, columns

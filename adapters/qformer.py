@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from vlm_vision.adapters.config import Grid, QFormerConfig
+from vlm_vision.adapters.config import Grid
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.adapters.qformer_config import QFormerConfig
 
 
 class QFormerProjector(Projector):
@@ -34,7 +36,7 @@ class QFormerProjector(Projector):
         )
         self.language_projection = nn.Linear(hidden, out_features)
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Float[Tensor, "b n d"], grid: Grid | None = None) -> Float[Tensor, "b m l"]:
         queries = self.query_tokens.expand(len(patches), -1, -1)
         hidden = self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
         tokens: Tensor = self.language_projection(hidden.to(self.language_projection.weight.dtype))

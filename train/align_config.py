@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
-from vlm_vision.adapters.config import MlpConfig, ProjectorNode
+from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
+from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config
 from vlm_vision.tower_config import TowerConfig
 from vlm_vision.train.rules import Rule

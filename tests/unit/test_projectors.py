@@ -11,7 +11,8 @@ from torch import nn
 
 from vlm_vision.adapters import build_projector, list_projectors
 from vlm_vision.adapters.build import load_projector, load_projector_weights, save_projector
-from vlm_vision.adapters.config import MlpConfig, ProjectorNode, parse_projector
+from vlm_vision.adapters.config import ProjectorNode, parse_projector
+from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config, load_config
 from vlm_vision.errors import ConfigError, WeightsError
 
@@ -149,3 +150,10 @@ def test_configs_and_names_need_no_torch() -> None:
 
 def test_builtin_names() -> None:
     assert {"linear", "mlp", "qformer"} <= set(list_projectors())
+
+
+@pytest.mark.parametrize("config", EVERY, ids=str)
+def test_parameter_count_is_what_is_built(config: Any) -> None:
+    projector = build_projector(config, 24, 40, GRID)
+    counted = parse_projector(config).parameter_count(24, 40, GRID)
+    assert counted == sum(parameter.numel() for parameter in projector.parameters())
