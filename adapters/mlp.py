@@ -34,5 +34,5 @@ class MlpProjector(Projector, nn.Sequential):
         super().__init__(config, in_features, out_features, grid, *layers)
 
     def forward(self, patches: Float[Tensor, "b n d"], grid: Grid | None = None) -> Float[Tensor, "b n l"]:
-        tokens: Tensor = nn.Sequential.forward(self, patches)
+        tokens: Tensor = nn.Sequential.forward(self, patches)  # type: ignore[no-untyped-call]
         return tokens
