@@ -34,6 +34,7 @@ from vlm_vision.train.optim import (
     warmup_steps,
 )
 from vlm_vision.train.pairs import EpochBatches, write_bad_list
+from vlm_vision.train.patch_cache import kept_features
 from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
@@ -55,6 +56,8 @@ def run_stage(
     run = Run(folder, stage, resume_step=start)
 
     _set_learning(model, stage)
+    if stage.data.feature_cache is not None:
+        data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
@@ -159,6 +162,7 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
             labels=piece.labels.to(engine.device),
             pixels=None if piece.pixels is None else piece.pixels.to(engine.device),
             label_count=label_count,
+            patches=None if piece.patches is None else piece.patches.to(engine.device),
         )
         engine.backward(output.loss)
         total += output.loss.detach() / len(pieces)

@@ -100,6 +100,7 @@ class VisionLanguageModel(nn.Module):
         labels: Int[Tensor, "b t"] | None = None,
         pixels: Float[Tensor, "p 3 h w"] | None = None,
         label_count: float | None = None,
+        patches: Float[Tensor, "p n d"] | None = None,
     ) -> VlmOutput:
         """Next-token logits, and their loss where labels are given.
 
@@ -108,12 +109,13 @@ class VisionLanguageModel(nn.Module):
             pixels: the pictures of all rows in order.
             label_count: what the summed loss is divided by; by default the labels here. A batch that is split
                 over ranks and accumulation steps has one mean only with one count for all its pieces.
+            patches: what the tower makes of the pictures, where that is kept; then it is not run.
 
         Raises:
             DataError: image tokens and pictures do not match.
         """
         inputs = {
-            "inputs_embeds": self.embed(input_ids, pixels),
+            "inputs_embeds": self.embed(input_ids, pixels, patches),
             "attention_mask": attention_mask,
             "use_cache": False,
         }
@@ -134,33 +136,44 @@ class VisionLanguageModel(nn.Module):
         logits = self.llm(**inputs, logits_to_keep=columns).logits
         return logits[keep[:, columns]]
 
-    def embed(self, input_ids: Int[Tensor, "b t"], pixels: Tensor | None) -> Float[Tensor, "b t l"]:
+    def embed(
+        self, input_ids: Int[Tensor, "b t"], pixels: Tensor | None, patches: Tensor | None = None
+    ) -> Float[Tensor, "b t l"]:
         """Embeddings of text, with the tokens of pictures spliced in.
 
         While training, text alone runs a blank picture whose tokens count zero times: every rank then calls
-        the same modules in the same order, without which ZeRO's collectives would not pair up.
+        the same modules in the same order, without which ZeRO's collectives would not pair up. So where a
+        tower's features are kept, text alone comes with `patches` of no picture.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
         text = input_ids.masked_fill(is_image, 0)
         embeddings: Tensor = self.llm.get_input_embeddings()(text)
-        slots, pictures = int(is_image.sum()), 0 if pixels is None else len(pixels)
+        given = pixels if patches is None else patches
+        slots, pictures = int(is_image.sum()), 0 if given is None else len(given)
         if slots != pictures * self.tokens_per_image:
             raise DataError(
                 f"{slots} image tokens in the text, but {pictures} pictures of {self.tokens_per_image} tokens"
             )
-        if pixels is not None and pictures:
-            tokens = self.image_tokens(pixels).to(embeddings.dtype)
-            return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens)
+        if pictures:
+            tokens = self.image_tokens(self._patches(pixels) if patches is None else patches)
+            return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeddings.dtype))
         if not self.training:
             return embeddings
-        settings = self.vision_tower.image_processor.config
-        blank = self.image_tokens(embeddings.new_zeros(1, 3, settings.height, settings.width))
-        return embeddings + 0 * blank.sum().to(embeddings.dtype)
+        if patches is None:
+            settings = self.vision_tower.image_processor.config
+            blank = self._patches(embeddings.new_zeros(1, 3, settings.height, settings.width))
+        else:
+            blank = patches.new_zeros(1, *patches.shape[1:])
+        return embeddings + 0 * self.image_tokens(blank).sum().to(embeddings.dtype)
 
-    def image_tokens(self, pixels: Float[Tensor, "p 3 h w"]) -> Float[Tensor, "p m l"]:
-        """Tower and projector; a tower in which nothing learns builds no graph."""
+    def _patches(self, pixels: Any) -> Float[Tensor, "p n d"]:
+        """What the tower gives; one in which nothing learns builds no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision_tower)):
-            patches = self.vision_tower(pixels)
+            patches: Tensor = self.vision_tower(pixels)
+        return patches
+
+    def image_tokens(self, patches: Float[Tensor, "p n d"]) -> Float[Tensor, "p m l"]:
+        """What the projector makes of the tower's patches."""
         tokens: Tensor = self.projector(patches.to(next(self.projector.parameters()).dtype))
         return tokens
 

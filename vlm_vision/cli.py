@@ -250,7 +250,14 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "configs/llava15_7b_stage1.yaml -o runs/stage1",
         "my.yaml model.tower=runs/demo/tower stages.0.lr=1e-3",
     )
-    for training in (contrastive, align):
+    compare = command(
+        "compare-projectors",
+        "train several projectors alike, on the same kept features, and plot what each buys and costs",
+        "configs/demo_projectors.yaml",
+        "my.yaml -o runs/projectors seeds=[0,1,2]",
+    )
+    compare.add_argument("--ranks", type=_positive, help="processes of a training (default: one per GPU)")
+    for training in (contrastive, align, compare):
         _add_config(training)
         training.add_argument(
             "-o", "--output", metavar="FOLDER", help="folder of the run (default: runs/CONFIG)"

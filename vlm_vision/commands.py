@@ -346,6 +346,20 @@ def align(arguments: argparse.Namespace) -> None:
     _print_scores({f"stage {name!r}": scores for name, scores in figures.items()}, output)
 
 
+def compare_projectors(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train import compare_projectors as comparison
+    from vlm_vision.train.compare_config import CompareConfig
+
+    config = load_config(CompareConfig, arguments.config, arguments.overrides)
+    output = _run_folder(arguments)
+    compared = comparison.compare_projectors(config, output, ranks=arguments.ranks, resume=arguments.resume)
+    print()
+    for label, *figures in comparison.table(compared):
+        print(f"{label:24}" + "".join(f"{figure:>17}" for figure in figures))
+    print(f"report: {output / 'report.html'}")
+
+
 def chat(arguments: argparse.Namespace) -> None:
     from vlm_vision.preprocess import open_image
     from vlm_vision.train.vlm import VisionLanguageModel

@@ -62,7 +62,7 @@ def test_splice_puts_every_picture_where_its_tokens_stand(
     batch = batch_of(model, conversations, 0, 6, 1)  # picture, text, picture
     embeddings = model.embed(batch.input_ids, batch.pixels)
     assert batch.pixels is not None
-    pictures = iter(model.image_tokens(batch.pixels))
+    pictures = iter(model.image_tokens(model.vision_tower(batch.pixels)))
     table = model.llm.get_input_embeddings().weight
     for row, ids in zip(embeddings, batch.input_ids.tolist(), strict=True):
         tokens = iter(next(pictures)) if -200 in ids else iter(())
