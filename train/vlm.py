@@ -124,7 +124,8 @@ class VisionLanguageModel(nn.Module):
             label_count: what the summed loss is divided by; by default the labels here. A batch that is split
                 over ranks and accumulation steps has one mean only with one count for all its pieces.
             patches: what the tower makes of the pictures, where that is kept; then it is not run.
-            text: `text_ids` and `text_mask` [P,T] of the pictures, for a projector that reads text.
+            text: `text_ids` and `text_mask` [P,T] of the pictures, for a projector that reads text; see
+                `asked`.
 
         Raises:
             DataError: image tokens and pictures do not match.
@@ -251,7 +252,7 @@ class VisionLanguageModel(nn.Module):
         try:
             generated = self.llm.generate(
                 inputs_embeds=self.embed(
-                    input_ids, None if pixels is None else pixels.to(device), text=self._asked(talks, device)
+                    input_ids, None if pixels is None else pixels.to(device), text=self.asked(talks)
                 ),
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
@@ -265,8 +266,8 @@ class VisionLanguageModel(nn.Module):
         answers = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
-    def _asked(self, talks: Sequence[Sequence[Turn]], device: torch.device) -> dict[str, Tensor] | None:
-        """The instruction of each picture of some conversations, where the projector reads it."""
+    def asked(self, talks: Sequence[Sequence[Turn]]) -> dict[str, Tensor] | None:
+        """The `text` of the pictures of some conversations; None where the projector reads none."""
         rows = [
             self.instructions(talk)
             for talk in talks
@@ -274,6 +275,7 @@ class VisionLanguageModel(nn.Module):
             for _ in range(turn.text.count(IMAGE_TOKEN))
             if self.instructions is not None
         ]
+        device = next(self.llm.parameters()).device
         return {name: value.to(device) for name, value in stack_instructions(rows).items()} if rows else None
 
     def save_pretrained(
