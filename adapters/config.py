@@ -26,6 +26,11 @@ PROJECTORS = Registry(
         ("linear", "vlm_vision.adapters.mlp_config:LinearConfig"),
         ("mlp", "vlm_vision.adapters.mlp_config:MlpConfig"),
         ("qformer", "vlm_vision.adapters.qformer_config:QFormerConfig"),
+        ("qformer_text", "vlm_vision.adapters.qformer_config:QFormerTextConfig"),
+        ("perceiver_resampler", "vlm_vision.adapters.perceiver_config:PerceiverResamplerConfig"),
+        ("idefics2_perceiver", "vlm_vision.adapters.perceiver_config:Idefics2PerceiverConfig"),
+        ("token_packer", "vlm_vision.adapters.token_packer_config:TokenPackerConfig"),
+        ("sva", "vlm_vision.adapters.sva_config:SvaConfig"),
     ),
 )
 

@@ -23,8 +23,10 @@ class Projector(nn.Module):
         config: the config it was built from.
         in_features, out_features: widths D of a patch and L of a token.
         grid: patches of one picture as (rows, columns).
+        reads_text: whether a picture's instruction goes in too, as `text_ids` and `text_mask`, both [B,T].
     """
 
+    reads_text: bool = False
     config: ProjectorConfig
     in_features: int
     out_features: int

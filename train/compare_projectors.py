@@ -18,6 +18,7 @@ from vlm_vision.train.align import align
 from vlm_vision.train.compare_config import CompareConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import answer_questions, caption_loss, vqa_accuracy
+from vlm_vision.train.plan import check_fit
 from vlm_vision.train.ranks import default_ranks, run_on_ranks
 from vlm_vision.train.report import Report, style_axis
 from vlm_vision.train.run import read_metrics
@@ -60,16 +61,16 @@ def compare_projectors(
         One entry for each projector, in their order.
 
     Raises:
-        ConfigError: a projector that does not fit the tower's grid or width; told before anything is trained.
+        ConfigError: a projector that does not fit, as `check_fit`; told before anything is trained.
         DataError: `output` holds an earlier comparison, or the data cannot be used.
     """
     require("align", "deepspeed", "matplotlib")
     output = Path(output)
     tower = describe_tower(config.model.tower)
     grid = token_grid(tower)
-    for label, projector in config.projectors.items():
+    for label in config.projectors:
         try:
-            projector.grid_out(grid)
+            check_fit(config.run(label, config.seeds[0], ""))
         except ConfigError as error:
             raise ConfigError(f"projectors.{label}: {error}") from error
     runs = {(label, seed): output / f"{label}-{seed}" for label in config.projectors for seed in config.seeds}

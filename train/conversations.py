@@ -422,6 +422,31 @@ class ChatFormat:
         return encoded
 
 
+class Instructions:
+    """What is asked about a picture, as the tokens that an instruction-aware projector reads.
+
+    Args:
+        tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.
+        max_length: tokens that are kept.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, turns: Sequence[Turn]) -> Tensor:
+        """Tokens [T] of the user's turns without the marks of pictures; one at least, whatever it is."""
+        asked = "\n".join(turn.words for turn in turns if turn.role == "user")
+        ids = self.tokenizer(asked, truncation=True, max_length=self.max_length)["input_ids"]
+        return torch.tensor(ids or [0])
+
+
+def stack_instructions(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`text_ids` and `text_mask` [P,T] of the instruction of each picture."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence(list(rows), batch_first=True)
+    return {"text_ids": ids, "text_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
 def read_template(path: str | Path) -> str:
     """Text of a chat template.
 
@@ -449,6 +474,7 @@ class Sample:
         input_ids, labels: [T].
         pixels: [pictures, 3, H, W], or None for text alone.
         patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
+        instruction: [tokens] that the projector reads, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
         truncated: whether its text was cut at max_length.
     """
@@ -457,8 +483,14 @@ class Sample:
     labels: Tensor
     pixels: Tensor | None
     patches: Tensor | None = None
+    instruction: Tensor | None = None
     replaced: tuple[tuple[int, str], ...] = ()
     truncated: bool = False
+
+    @property
+    def num_pictures(self) -> int:
+        seen = self.patches if self.pixels is None else self.pixels
+        return 0 if seen is None else len(seen)
 
 
 class ConversationDataset(Dataset[Sample]):
@@ -466,6 +498,7 @@ class ConversationDataset(Dataset[Sample]):
 
     Args:
         features: patches by the name of the picture, in place of pixels; a picture that has none is bad.
+        instructions: for a projector that reads text.
 
     Raises (on access):
         DataError: more bad records than the conversations allow.
@@ -480,9 +513,10 @@ class ConversationDataset(Dataset[Sample]):
         max_length: int,
         too_long: Literal["truncate", "refuse"] = "truncate",
         features: FeatureShards | None = None,
+        instructions: Instructions | None = None,
     ) -> None:
         self.conversations, self.chat, self.image_processor = conversations, chat, image_processor
-        self.features = features
+        self.features, self.instructions = features, instructions
         self.max_length, self.too_long = max_length, too_long
         self._encoded: dict[tuple[Turn, ...], Encoded] = {}
 
@@ -517,6 +551,7 @@ class ConversationDataset(Dataset[Sample]):
             torch.tensor(encoded.labels),
             self._pixels(record) if self.features is None else None,
             None if self.features is None else self._patches(self.features, record),
+            None if self.instructions is None else self.instructions(record.turns),
             replaced,
             encoded.truncated,
         )
@@ -550,6 +585,7 @@ class Batch:
         input_ids, attention_mask, labels: [B,T].
         pixels: [P,3,H,W], pictures of all samples in order, or None.
         patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
+        text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
         replaced, truncated: what happened to its samples.
     """
 
@@ -558,6 +594,7 @@ class Batch:
     labels: Tensor
     pixels: Tensor | None
     patches: Tensor | None
+    text: dict[str, Tensor] | None
     replaced: tuple[tuple[int, str], ...]
     truncated: int
 
@@ -572,6 +609,12 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
+    instructions = [
+        sample.instruction
+        for sample in samples
+        if sample.instruction is not None
+        for _ in range(sample.num_pictures)
+    ]
     input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
     return Batch(
         input_ids=input_ids,
@@ -579,6 +622,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
         pixels=torch.cat(pictures) if pictures else None,
         patches=torch.cat(patches) if patches else None,
+        text=stack_instructions(instructions) if instructions else None,
         replaced=tuple(entry for sample in samples for entry in sample.replaced),
         truncated=sum(sample.truncated for sample in samples),
     )
