@@ -161,7 +161,7 @@ class VisionLanguageModel(nn.Module):
         """Tower and projector; a tower in which nothing learns builds no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision_tower)):
             patches = self.vision_tower(pixels)
-        tokens: Tensor = self.projector(patches.to(next(self.projector.parameters()).dtype))
+        tokens: Tensor = self.projector(self.projector.like_weights(patches), token_grid(self.vision_tower))
         return tokens
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
