@@ -106,7 +106,8 @@ class ProjectorVariant(Variant):
             if given[key] != meant[key]:
                 raise PydanticCustomError(
                     "variant",
-                    "{alias} says {key} {meant}, but {key} is given as {other}: use the name {name} to set it",
+                    "{alias} says {key} {meant}, but {key} is given as {other}: use the name {name} "
+                    "to set it",
                     {
                         "alias": repr(given["name"]),
                         "key": key,
@@ -155,7 +156,9 @@ class _Named(Config):
 def _meant(node: Any) -> dict[str, Any] | None:
     """Name and options that an alias says, alone or as `name`; None where it is none."""
     alias = node.get("name") if isinstance(node, Mapping) else node
-    for pattern, name, options in ALIASES if isinstance(alias, str) else ():
+    if not isinstance(alias, str):
+        return None
+    for pattern, name, options in ALIASES:
         found = re.fullmatch(pattern, alias)
         if found:
             said = {key: int(value) if value.isdigit() else value for key, value in found.groupdict().items()}

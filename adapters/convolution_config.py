@@ -118,7 +118,7 @@ class LdpV2Config(ProjectorConfig):
 
 
 def _block_weights(width: int, hidden: int) -> int:
-    """A RegNet block: convolutions of 1, 3 (depthwise) and 1 with norms, squeeze and excitation, a shortcut."""
+    """A RegNet block: convolutions of 1, 3 (depthwise) and 1 with norms, excitation, a shortcut."""
     squeezed = round(width / 4)
     excitation = (hidden + 1) * squeezed + (squeezed + 1) * hidden
     shortcut = (width + 2) * hidden if width != hidden else 0

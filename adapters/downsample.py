@@ -5,6 +5,8 @@ All but `pixel_shuffle` start as torch initialises its layers, which their refer
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ class PixelShuffleProjector(Projector):
         nn.init.normal_(self.proj.weight, std=0.02)
 
     def forward(self, patches: Float[Tensor, "b n d"], grid: Grid | None = None) -> Float[Tensor, "b m l"]:
-        rows, columns = self.grid_of(patches, grid)
+        rows, _ = self.grid_of(patches, grid)
         squares = side_by_side(rearrange(patches, "b (h w) d -> b h w d", h=rows), self.config.factor)
         tokens: Tensor = self.proj(squares)
         return tokens
@@ -48,7 +50,7 @@ class MlpDownsampleProjector(Projector):
         super().__init__(config, in_features, out_features, grid)
         widths = config.widths(in_features, out_features)
         layers: list[nn.Module] = [nn.Identity()]
-        for width, following in zip(widths, widths[1:], strict=False):
+        for width, following in pairwise(widths):
             layers += [nn.LayerNorm(width), nn.Linear(width, following), nn.GELU()]
         self.layers = nn.Sequential(*layers, nn.Linear(out_features, out_features))
 

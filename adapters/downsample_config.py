@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -67,8 +68,8 @@ class MlpDownsampleConfig(ProjectorConfig):
     Paper: arXiv 2412.04468 (NVILA).
     Reference: VILA, llava/model/multimodal_projector/base_projector.py.
     Shape: rows / factor x columns / factor, rounded up; factor 2 or 3.
-    Parameters: the sum of 2 w + (w + 1) v over the widths w -> v from factor^2 D by way of the variant's to L,
-        and (L + 1) L; `3x3` goes by 3 D.
+    Parameters: the sum of 2 w + (w + 1) v over the widths w -> v from factor^2 D to L by the variant's, and
+        (L + 1) L.
 
     Attributes:
         variant: size of the square and the widths between: `2x2` none, `3x3` 3 D, `3x3_s2` 3 D, D, D / 3,
@@ -105,8 +106,8 @@ class MlpDownsampleConfig(ProjectorConfig):
 
     def parameter_count(self, in_features: int, out_features: int, grid: Grid) -> int:
         widths = self.widths(in_features, out_features)
-        steps = zip(widths, widths[1:], strict=False)
-        return sum(2 * w + (w + 1) * v for w, v in steps) + (out_features + 1) * out_features
+        steps = sum(2 * w + (w + 1) * v for w, v in pairwise(widths))
+        return steps + (out_features + 1) * out_features
 
     def build(self, in_features: int, out_features: int, grid: Grid) -> Projector:
         from vlm_vision.adapters.downsample import MlpDownsampleProjector

@@ -60,7 +60,7 @@ class MlpProjector(SequentialProjector):
 
 
 class MlpResProjector(SequentialProjector):
-    """[B,N,D] -> [B,N,L]. Keys as LLaVA-NeXT's `mlp2x_res2x_gelu`: 0, 2, 3.pre_norm, 3.proj.0, 3.proj.2, ..."""
+    """[B,N,D] -> [B,N,L]. Keys 0, 2, 3.pre_norm, 3.proj.0, ..., as LLaVA-NeXT's `mlp2x_res2x_gelu`."""
 
     def __init__(self, config: MlpResConfig, in_features: int, out_features: int, grid: Grid) -> None:
         layers = perceptron(config.depth, in_features, out_features)
@@ -78,7 +78,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n l"]) -> Float[Tensor, "b n l"]:
         normed: Tensor = self.pre_norm(tokens)
-        return normed + self.proj(normed)
+        added: Tensor = self.proj(normed)
+        return normed + added
 
 
 class FusedGeluMlpProjector(SequentialProjector):

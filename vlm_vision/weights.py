@@ -26,11 +26,14 @@ SHARDS_SUFFIX = ".index.json"
 RANDOM_FILLS = ("normal_", "uniform_")
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
 
     A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors, an
     index of shards (`model.safetensors.index.json`) those of all its files.
+
+    Args:
+        wanted: of an index, only shards that hold a tensor of such a name are read.
 
     Raises:
         WeightsError: a file is missing, unreadable, or holds anything but tensors; shards that do not hold
@@ -40,7 +43,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
     if path.name.endswith(SHARDS_SUFFIX):
-        return _read_shards(path)
+        return _read_shards(path, wanted)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -60,13 +63,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     try:
         shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{index}: has no `weight_map` of tensors to files: {error!r}") from error
     state: dict[str, Tensor] = {}
-    for name in sorted({str(name) for name in shard_of.values()}):
+    read = {str(shard) for name, shard in shard_of.items() if wanted(name)}
+    shard_of = {name: shard for name, shard in shard_of.items() if shard in read}
+    for name in sorted(read):
         shard = index.parent / name
         if not is_inside(str(shard.absolute().parent), os.path.realpath(index.parent)):
             raise WeightsError(f"{index}: {name!r} lies outside of its folder")
