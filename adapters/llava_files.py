@@ -17,7 +17,7 @@ from vlm_vision.adapters.mlp_config import MlpConfig, MlpResConfig
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.adapters.projector_keys import (
     LAYOUTS,
-    load_projector_weights,
+    fill,
     projector_state,
     weights_file,
 )
@@ -57,7 +57,7 @@ def from_llava(source: str | Path, grid: Grid) -> Projector:
     state = projector_state(source)
     config, in_features, out_features = _described(state, str(source))
     projector = build_projector(config, in_features, out_features, grid)
-    load_projector_weights(projector, state)
+    fill(projector, state, str(source))
     return projector
 
 

@@ -79,11 +79,19 @@ def load_projector_weights(projector: Projector, source: str | Path | Mapping[st
     Raises:
         WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
     """
-    origin = "these tensors" if isinstance(source, Mapping) else str(source)
-    held = projector_state(source)
+    origin = "what was given" if isinstance(source, Mapping) else str(source)
+    fill(projector, projector_state(source), origin)
+
+
+def fill(projector: Projector, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load what `projector_state` gave.
+
+    Raises:
+        WeightsError: as `load_projector_weights`.
+    """
     expected = projector.state_dict()
     layouts = [layout for layout in LAYOUTS if layout.projector == projector.config.name]
-    named = [held, *(layout.ours(held) for layout in layouts)]
+    named = [dict(state), *(layout.ours(state) for layout in layouts)]
     state = max(named, key=lambda state: len(state.keys() & expected.keys()))
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
