@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from vlm_vision.adapters.config import PROJECTORS, BuildArguments, Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.adapters.projector_keys import load_projector_weights
 from vlm_vision.config import validate
 from vlm_vision.errors import WeightsError
 from vlm_vision.weights import check_whole
 
 
 def list_projectors() -> list[str]:
-    """Every projector name, ours first, then other packages'; `mlp{depth}x_gelu` is understood too."""
+    """Every projector name, ours first, then other packages'; those of ALIASES are understood too."""
     return PROJECTORS.names()
 
 
@@ -67,6 +67,15 @@ def save_projector(projector: Projector, folder: str | Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def is_saved_projector(folder: str | Path) -> bool:
+    """Whether a folder is one of `save_projector`."""
+    try:
+        description = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and "projector" in description
+
+
 def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:
     """The projector that `save_projector` wrote.
 
@@ -84,37 +93,3 @@ def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
     projector = arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
     load_projector_weights(projector, folder)
     return projector if dtype is None else projector.to(dtype)
-
-
-def load_projector_weights(projector: Projector, source: str | Path) -> None:
-    """Fill a projector from a folder, a safetensors file, or LLaVA's `mm_projector.bin`, every tensor once.
-
-    Raises:
-        WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
-    """
-    path = Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
-    state = {name.split("mm_projector.")[-1]: tensor for name, tensor in _read(path).items()}
-    expected = projector.state_dict()
-    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
-    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise WeightsError(
-            f"{path} does not fit the projector {projector.config.name!r} "
-            f"({projector.in_features} -> {projector.out_features}): {'; '.join(sorted(problems))}"
-        )
-    projector.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # each reader has its own family of errors
-        raise WeightsError(f"projector weights {str(path)!r} cannot be read: {error}") from error

@@ -51,7 +51,7 @@ class Projector(nn.Module):
         """The grid that patches lie on: the one given, or its own.
 
         Raises:
-            ConfigError: they are not that many.
+            ConfigError: they are not that many, or a grid that this projector cannot take.
         """
         rows, columns = grid or self.grid
         if patches.shape[1] != rows * columns:
@@ -59,4 +59,10 @@ class Projector(nn.Module):
                 f"{self.config.name}: {patches.shape[1]} patches do not lie on a grid of {rows}x{columns}; "
                 "give the grid they have: projector(patches, (rows, columns))"
             )
+        self.config.grid_out((rows, columns))
         return rows, columns
+
+    def like_weights(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Patches in the dtype and on the device of its weights, where it has any."""
+        weights = next(self.parameters(), None)
+        return patches if weights is None else patches.to(weights)

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class QFormerConfig(ProjectorConfig):
-    """BLIP-2's querying transformer (arXiv 2301.12597, section 3.1) and the linear layer behind it.
+    """BLIP-2's querying transformer and the linear layer behind it.
+
+    Paper: arXiv 2301.12597, section 3.1.
+    Reference: LAVIS, lavis/models/blip2_models/Qformer.py.
+    Shape: the queries, 32 by default.
+    Parameters: of width W with Q queries, layers (12 W + 13) W, and (2 W + 2 D + 6) W for each that looks at
+        patches; 2 W + Q W of norm and queries; (W + 1) L.
 
     Attributes:
         num_queries: learnt queries, which are the tokens that come out, however many patches go in.

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vlm_vision.adapters.build import build_projector, load_projector, load_projector_weights
+from vlm_vision.adapters.build import build_projector, load_projector
 from vlm_vision.adapters.lora import merge_lora
+from vlm_vision.adapters.projector_keys import load_projector_weights
 from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig

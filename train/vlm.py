@@ -206,8 +206,8 @@ class VisionLanguageModel(nn.Module):
                 f"the projector {self.projector.config.name!r} reads "
                 + ("no text" if text is not None else "what is asked: give `text`, see forward")
             )
-        inputs = patches.to(next(self.projector.parameters()).dtype)
-        tokens: Tensor = self.projector(inputs, **(text or {}))
+        inputs = self.projector.like_weights(patches)
+        tokens: Tensor = self.projector(inputs, token_grid(self.vision_tower), **(text or {}))
         return tokens
 
     def train(self, mode: bool = True) -> VisionLanguageModel:

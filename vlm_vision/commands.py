@@ -66,6 +66,24 @@ def towers(arguments: argparse.Namespace) -> None:
     _verify_towers(arguments, names)
 
 
+def projectors(arguments: argparse.Namespace) -> None:
+    from vlm_vision.adapters.catalogue import UNKNOWN, facts_table, list_facts
+
+    asked = arguments.in_features, arguments.out_features, arguments.grid
+    if arguments.markdown:
+        print(facts_table(*asked))
+        return
+    facts = list_facts(*asked)
+    width = max(len(projector.name) for projector in facts)
+    print(f"{'projector':{width}} {'tokens':>7} {'parameters':>14}  paper")
+    for name, paper, _, _, *counts, _ in facts:
+        tokens, parameters = (UNKNOWN if count is None else f"{count:,}" for count in counts)
+        print(f"{name:{width}} {tokens:>7} {parameters:>14}  {paper}")
+    for projector in facts:
+        if projector.remark:
+            print(projector.remark, file=sys.stderr)
+
+
 def _list_towers(source: str | None, match: str) -> None:
     from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from projector_forms import ATTENDING
 from torch import Tensor
 
 from vlm_vision.adapters import build_projector
@@ -13,33 +14,15 @@ from vlm_vision.adapters.config import Grid, parse_projector
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.errors import ConfigError
 
-# Small ones of every name; the input has 24 channels, the output 40.
-SMALL: dict[str, dict[str, Any]] = {
-    "qformer": {"layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 5},
-    "qformer_text": {
-        "layers": 3,
-        "heads": 2,
-        "hidden_size": 32,
-        "num_queries": 5,
-        "vocab_size": 30,
-        "max_text": 9,
-    },
-    "perceiver_resampler": {"layers": 2, "heads": 2, "head_width": 8, "num_latents": 5},
-    "idefics2_perceiver": {
-        "layers": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_width": 8,
-        "num_latents": 5,
-        "hidden_size": 20,
-    },
-    "token_packer": {"scale": 2, "levels": 3, "width": 16, "heads": 2},
-    "sva": {"widths": [8, 16], "regions": [1, 2], "layers": 2, "width": 16, "heads": 2},
-}
 VARIANTS: list[dict[str, Any]] = [
-    *({"name": name, **options} for name, options in SMALL.items()),
-    {"name": "perceiver_resampler", **SMALL["perceiver_resampler"], "project": "before", "project_depth": 2},
-    {"name": "perceiver_resampler", **SMALL["perceiver_resampler"], "query_key_norm": True},
+    *({"name": name, **options} for name, options in ATTENDING.items()),
+    {
+        "name": "perceiver_resampler",
+        **ATTENDING["perceiver_resampler"],
+        "project": "before",
+        "project_depth": 2,
+    },
+    {"name": "perceiver_resampler", **ATTENDING["perceiver_resampler"], "query_key_norm": True},
     {"name": "token_packer", "scale": 1, "levels": 1, "width": 16, "heads": 2},
     {"name": "sva", "regions": [2], "layers": 1, "width": 16, "heads": 2},
 ]
@@ -117,8 +100,10 @@ def test_same_seed_gives_same_weights_and_another_seed_does_not(node: dict[str, 
 
 
 def test_latents_and_queries_start_as_the_references_start_them() -> None:
-    perceiver = small({"name": "perceiver_resampler", **SMALL["perceiver_resampler"], "num_latents": 2000})
-    idefics = small({"name": "idefics2_perceiver", **SMALL["idefics2_perceiver"], "num_latents": 2000})
+    perceiver = small(
+        {"name": "perceiver_resampler", **ATTENDING["perceiver_resampler"], "num_latents": 2000}
+    )
+    idefics = small({"name": "idefics2_perceiver", **ATTENDING["idefics2_perceiver"], "num_latents": 2000})
     for latents in (perceiver.perceiver.latents, idefics.connector.perceiver_resampler.latents):
         assert latents.std().item() == pytest.approx(1, rel=0.02)
     query = small({"name": "sva", "width": 4096, "heads": 2, "layers": 1}).vision_query
@@ -174,7 +159,7 @@ def test_what_does_not_fit_is_told_with_what_would(
 
 @pytest.mark.parametrize("name", ["token_packer", "sva"])
 def test_patches_off_the_grid_are_refused(name: str) -> None:
-    projector = small({"name": name, **SMALL[name]})
+    projector = small({"name": name, **ATTENDING[name]})
     with pytest.raises(ConfigError, match="15 patches do not lie on a grid of 4x4"):
         projector(torch.randn(1, 15, 24))
     with pytest.raises(ConfigError, match="does not divide into regions of 2x2; sides that fit: 1"):
@@ -183,7 +168,7 @@ def test_patches_off_the_grid_are_refused(name: str) -> None:
 
 def test_a_query_looks_at_its_own_region_alone() -> None:
     """For SVA two patches of a region change places: the mean, which all its queries are told, stays."""
-    for node in ({"name": "token_packer", **SMALL["token_packer"]}, VARIANTS[-1]):
+    for node in ({"name": "token_packer", **ATTENDING["token_packer"]}, VARIANTS[-1]):
         projector = small(node)
         patches = torch.randn(1, 16, 24)
         moved = patches.clone()
@@ -196,7 +181,7 @@ def test_a_query_looks_at_its_own_region_alone() -> None:
 
 
 def test_the_instruction_changes_what_is_seen_and_its_padding_does_not() -> None:
-    projector = small({"name": "qformer_text", **SMALL["qformer_text"]})
+    projector = small({"name": "qformer_text", **ATTENDING["qformer_text"]})
     patches = torch.randn(1, 16, 24)
     ids = torch.tensor([[3, 4, 5]])
     tokens = projector(patches, text_ids=ids)
@@ -206,7 +191,7 @@ def test_the_instruction_changes_what_is_seen_and_its_padding_does_not() -> None
 
 
 def test_text_that_is_missing_or_does_not_fit_is_refused() -> None:
-    projector = small({"name": "qformer_text", **SMALL["qformer_text"]})
+    projector = small({"name": "qformer_text", **ATTENDING["qformer_text"]})
     patches = torch.randn(2, 16, 24)
     assert projector.reads_text
     assert not small(VARIANTS[0]).reads_text
