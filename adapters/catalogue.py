@@ -50,16 +50,17 @@ def facts_table(in_features: int, out_features: int, grid: Grid) -> str:
 
 def _facts(name: str, in_features: int, out_features: int, grid: Grid) -> ProjectorFacts:
     text = inspect.cleandoc(PROJECTORS.config_class(name).__doc__ or "")
-    told = [_field(text, field) for field in ("Paper", "Reference", "Shape")]
     tokens = parameters = None
+    remark = ""
     try:
         config = parse_projector(name)
         tokens = config.tokens_out(grid)
         config.check(in_features, out_features, grid)
         parameters = config.parameter_count(in_features, out_features, grid)
     except ConfigError as error:
-        return ProjectorFacts(name, *told, tokens, parameters, str(error))
-    return ProjectorFacts(name, *told, tokens, parameters, "")
+        remark = str(error)
+    paper, reference, shape = (_field(text, field) for field in ("Paper", "Reference", "Shape"))
+    return ProjectorFacts(name, paper, reference, shape, tokens, parameters, remark)
 
 
 def _field(docstring: str, field: str) -> str:

@@ -34,6 +34,7 @@ PROJECTORS = Registry(
         ("pooler", "vlm_vision.adapters.downsample_config:PoolerConfig"),
         ("spatial_pool", "vlm_vision.adapters.downsample_config:SpatialPoolConfig"),
         ("c_abstractor", "vlm_vision.adapters.convolution_config:CAbstractorConfig"),
+        ("d_abstractor", "vlm_vision.adapters.deformable_config:DAbstractorConfig"),
         ("ldp", "vlm_vision.adapters.convolution_config:LdpConfig"),
         ("ldpv2", "vlm_vision.adapters.convolution_config:LdpV2Config"),
         ("qformer", "vlm_vision.adapters.qformer_config:QFormerConfig"),

@@ -28,6 +28,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"target": [2, 2], "depth": 1, "hidden_size": 32},
         {"target": [1, 3], "depth": 2, "hidden_size": 24, "mlp_depth": 1, "pos_emb": False},
     ],
+    "d_abstractor": [
+        {"target": [2, 2], "layers": 2, "heads": 2, "hidden_size": 32, "intermediate_size": 48},
+        {"target": [1, 3], "layers": 1, "heads": 2, "hidden_size": 24, "points": 2, "pos_emb": False},
+    ],
     "ldp": [{}],
     "ldpv2": [{"target": [2, 2]}],
 }

@@ -89,17 +89,18 @@ def _package(name: str, folder: Path | None = None, **content: Any) -> ModuleTyp
     return module
 
 
-def module_of(folder: Path, name: str, **beside: Any) -> ModuleType:
+def module_of(folder: Path, name: str, **beside: Mapping[str, Any]) -> ModuleType:
     """A module by its name within a folder of a checkout, whose packages' own imports are left out.
 
     Args:
-        beside: modules that it imports from, as the one thing that each of them holds.
+        beside: what modules hold from which it imports.
     """
     modules = {"checkout": _package("checkout", folder)}
     for part in name.split(".")[:-1]:
         modules[f"checkout.{part}"] = _package(f"checkout.{part}", folder / part)
-    for module, thing in beside.items():
-        modules[f"checkout.{module}"] = _package(f"checkout.{module}", None, **{thing: None})
+    for module, content in beside.items():
+        path = f"checkout.{module}"
+        vars(modules.setdefault(path, _package(path))).update(content)
     with _in_place_of(modules):
         return importlib.import_module(f"checkout.{name}")
 

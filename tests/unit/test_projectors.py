@@ -173,6 +173,13 @@ def test_first_weights_follow_the_references() -> None:
             assert parameter.mean().item() == pytest.approx(0.0, abs=2e-3), name
 
 
+def test_queries_start_where_they_lie_on_the_grid() -> None:
+    config = {"name": "d_abstractor", "target": [2, 3], "layers": 1, "heads": 2, "hidden_size": 8}
+    points = build_projector(config, 24, 40, (4, 6)).reference_points
+    across, down = [1 / 12, 0.5, 11 / 12], [1 / 8, 7 / 8]
+    assert torch.allclose(points[0], torch.tensor([[x, y] for y in down for x in across]))
+
+
 def test_embedding_of_places_is_itself_at_its_own_grid_and_smooth_at_others() -> None:
     projector = build({"name": "c_abstractor", "target": [2, 2], "hidden_size": 32})
     places = projector.pos_emb

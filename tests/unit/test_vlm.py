@@ -72,6 +72,38 @@ def test_splice_puts_every_picture_where_its_tokens_stand(
         assert next(tokens, None) is None
 
 
+@pytest.mark.parametrize(
+    "projector",
+    [
+        {"name": "pixel_shuffle", "factor": 2},
+        "mlp_downsample",
+        {"name": "c_abstractor", "target": [2, 2], "hidden_size": 16, "depth": 1},
+        "ldp",
+    ],
+    ids=str,
+)
+def test_pictures_take_the_places_that_a_projector_says(
+    projector: object, folder: Path, conversations: Conversations
+) -> None:
+    model = build(folder, projector)
+    assert model.tokens_per_image == 4  # of 16 patches
+    batch = batch_of(model, conversations, 0, 6, 1)
+    output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.projector.parameters())
+
+
+def test_identity_gives_the_language_model_the_features_themselves(tmp_path: Path) -> None:
+    tower, llm = tiny_tower(), load_llm(tiny_llm(tmp_path, hidden_size=64))
+    model = VisionLanguageModel(
+        tower, build_projector("identity", 64, 64, tower.grid), llm, tiny_tokenizer()
+    ).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.image_tokens(pixels), tower(pixels))
+    model.save_pretrained(tmp_path / "vlm")
+    assert VisionLanguageModel.from_pretrained(tmp_path / "vlm").projector.config.name == "identity"
+
+
 @pytest.mark.parametrize("keeps_by_row", sorted({False, KEEPS_BY_ROW}))
 def test_loss_is_transformers_own(
     model: VisionLanguageModel,
