@@ -9,15 +9,25 @@ if TYPE_CHECKING:
     from vlm_vision.adapters.build import build_projector, list_projectors
     from vlm_vision.adapters.load import load_adapter
     from vlm_vision.adapters.save import save_lora
+    from vlm_vision.adapters.transformers_files import from_transformers, to_transformers
 
 _HOMES = {
     "build_projector": "build",
+    "from_transformers": "transformers_files",
     "list_projectors": "build",
     "load_adapter": "load",
     "save_lora": "save",
+    "to_transformers": "transformers_files",
 }
 
-__all__ = ["build_projector", "list_projectors", "load_adapter", "save_lora"]
+__all__ = [
+    "build_projector",
+    "from_transformers",
+    "list_projectors",
+    "load_adapter",
+    "save_lora",
+    "to_transformers",
+]
 
 
 def __getattr__(name: str) -> Any:
