@@ -10,17 +10,29 @@ if TYPE_CHECKING:
     from vlm_vision.adapters.llava_files import from_llava, to_llava
     from vlm_vision.adapters.load import load_adapter
     from vlm_vision.adapters.save import save_lora
+    from vlm_vision.adapters.transformers_files import from_transformers, to_transformers
 
 _HOMES = {
     "build_projector": "build",
     "from_llava": "llava_files",
+    "from_transformers": "transformers_files",
     "list_projectors": "build",
     "load_adapter": "load",
     "save_lora": "save",
     "to_llava": "llava_files",
+    "to_transformers": "transformers_files",
 }
 
-__all__ = ["build_projector", "from_llava", "list_projectors", "load_adapter", "save_lora", "to_llava"]
+__all__ = [
+    "build_projector",
+    "from_llava",
+    "from_transformers",
+    "list_projectors",
+    "load_adapter",
+    "save_lora",
+    "to_llava",
+    "to_transformers",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 
 class PerceiverResamplerConfig(ProjectorConfig):
-    """Flamingo's perceiver resampler (arXiv 2204.14198, section 2.1 and appendix A.1.1).
+    """Flamingo's perceiver resampler: learnt latents that look at the patches and at each other.
 
-    Numbers as of LLaVA-NeXT's `multimodal_resampler/perceiver.py` with the `mm_projector` behind it; with
-    `project: before` as of TinyLLaVA's `connector/resampler.py`, with `project: none` and `activation: relu`
-    as of transformers' `IdeficsPerceiverResampler`.
+    As in LLaVA-NeXT, with its `mm_projector` behind it. With `project: before` as in TinyLLaVA
+    (tinyllava/model/connector/resampler.py); with `project: none` and `activation: relu` as in transformers'
+    `IdeficsPerceiverResampler`.
 
-    [B,N,D] -> [B,num_latents,L] for every N. At width W (D, or L with `project: before`) and I = heads *
-    head_width, a layer has 4WI + 2·ff_mult·W² + 6W weights (4·head_width more with `query_key_norm`);
-    num_latents·W + 2W and the projection come on top.
+    Paper: arXiv 2204.14198 (Flamingo), section 2.1.
+    Reference: LLaVA-NeXT, llava/model/multimodal_resampler/perceiver.py.
+    Shape: the latents, 32 by default.
+    Parameters: at width W (D, or L with `project: before`) with M latents and H = heads * head_width, layers
+        (4 H + 2 ff_mult W + 6) W, 4 head_width more of each with `query_key_norm`; (M + 2) W; and
+        (D + 1) L + (project_depth - 1) (L + 1) L of the projection.
 
     Attributes:
         num_latents: tokens that come out.
@@ -74,12 +77,13 @@ class PerceiverResamplerConfig(ProjectorConfig):
 
 
 class Idefics2PerceiverConfig(ProjectorConfig):
-    """Idefics2's connector (arXiv 2405.02246, section 3.1): a gated perceptron to width L, then a perceiver.
+    """Idefics2's connector, transformers' module: a gated perceptron to width L, then a perceiver.
 
-    The module is transformers' `Idefics2Connector`; the defaults are those of Idefics2-8B.
-
-    [B,N,D] -> [B,num_latents,L] for every N. 2D·hidden_size + hidden_size·L weights of the perceptron, for
-    each layer 2(heads + kv_heads)·head_width·L + 12L² + 3L, and (num_latents + 1)·L.
+    Paper: arXiv 2405.02246 (Idefics2).
+    Reference: transformers, models/idefics2/modeling_idefics2.py, `Idefics2Connector`.
+    Shape: the latents, 64 by default.
+    Parameters: with M latents and I = hidden_size, (2 D + L) I; layers
+        (2 (heads + kv_heads) head_width + 12 L + 3) L; (M + 1) L.
 
     Attributes:
         num_latents: tokens that come out.

@@ -61,12 +61,13 @@ class QFormerConfig(ProjectorConfig):
 
 
 class QFormerTextConfig(QFormerConfig):
-    """InstructBLIP's Q-Former, whose queries also read the instruction (arXiv 2305.06500, section 2.3).
+    """InstructBLIP's querying transformer, transformers' module: its queries also read the instruction.
 
-    The module is transformers' `InstructBlipQFormerModel`; the figures are LAVIS' `blip2_vicuna_instruct.py`.
-
-    [B,N,D] and [B,T] token ids -> [B,num_queries,L]. Beyond the weights of `qformer`: (vocab_size + max_text)
-    word and position vectors of hidden_size, and a second perceptron in each layer, for the text.
+    Paper: arXiv 2305.06500 (InstructBLIP), section 2.3.
+    Reference: LAVIS, lavis/models/blip2_models/blip2_vicuna_instruct.py.
+    Shape: the queries, 32 by default.
+    Parameters: those of `qformer`; (vocab_size + max_text) W of words and positions; layers (8 W + 7) W of
+        the perceptrons that text goes through.
 
     Attributes:
         tokenizer: folder or hub id of the tokenizer that instructions are cut by, `bert-base-uncased` in

@@ -15,17 +15,19 @@ if TYPE_CHECKING:
 
 
 class SvaConfig(ProjectorConfig):
-    """The connector of Cambrian-1 before the language model (arXiv 2406.16860, section 3.2).
+    """Cambrian-1's spatial vision aggregator: queries on a grid that look at their region in every tower.
 
-    Numbers as of its `vision_sampler.py` and `cambrian_arch.py`, with layers of type `joint`. The aggregation
-    layers inside the language model are not in it, nor is the newline after a row.
+    It is the connector before the language model, with layers of type `joint`: the aggregation layers inside
+    the language model are not in it, nor is the newline after a row. Towers come side by side in the channels
+    and on one grid, as a `fused` tower gives them, so that a region has as many patches in each; Cambrian's
+    towers have grids of their own.
 
-    The towers come side by side in the channels, on one grid, as a `fused` tower gives them; a region is the
-    same for all, where Cambrian gives every tower one of its own.
-
-    [B,N,D] -> [B,N/regions[0]²,L] for rows and columns that all regions divide. With W the width, G = len(
-    regions), T towers of widths D_t: sum over towers (D_t + W + 4)·W, for each of G·layers layers
-    (7 + 2T)·W² + (4 + 4T)·W and T·r²·W where its region r is above 1, then G·W and (G·W + L + 2)·L weights.
+    Paper: arXiv 2406.16860, section 3.2.
+    Reference: cambrian, cambrian/model/vision_sampler.py and cambrian_arch.py.
+    Shape: rows / regions[0] x columns / regions[0]; all regions must divide both.
+    Parameters: of width W with T towers of D_t channels and G regions of side r: the sum of (D_t + W + 4) W;
+        layers G (7 + 2 T) W^2 + layers G (4 + 4 T) W, and layers T r^2 W for each r above 1; G W; and
+        (G W + L + 2) L.
 
     Attributes:
         widths: channels of each tower, in order; None for one tower.

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 
 class TokenPackerConfig(ProjectorConfig):
-    """TokenPacker (arXiv 2407.02392, section 3.2), numbers as of its `multimodal_projector/builder.py`.
+    """TokenPacker: patches shrunk bilinearly look at the patches of all layers in their own region.
 
-    Patches of the last of `levels` layers, shrunk bilinearly, are the queries; all layers together are the
-    keys and values of a query's region. The tower gives the layers by `layer: [12, 16, 22, 23]`.
+    The last of `levels` layers is what is shrunk. A tower gives the paper's by `layer: [12, 16, 22, 23]`.
 
-    [B,N,D] -> [B,N/scale²,L] for rows and columns that `scale` divides. With W the width and D/levels the
-    width of one layer: (D/levels)·W + 2(D + W + 2)·W + 6W + 4(W + 1)·W + (W + L + 2)·L weights.
+    Paper: arXiv 2407.02392, section 3.2.
+    Reference: TokenPacker, llava/model/multimodal_projector/builder.py.
+    Shape: rows / scale x columns / scale; both must divide.
+    Parameters: of width W, (D / levels) W + 2 (D + W + 2) W + 6 W + 4 (W + 1) W + (W + L + 2) L.
 
     Attributes:
         scale: a token stands for `scale` x `scale` patches.

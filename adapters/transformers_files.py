@@ -111,23 +111,20 @@ def from_transformers(source: str | Path | nn.Module) -> Projector:
     if newline is not None:
         warnings.warn(
             f"{_name(source)}: {NEWLINE}, which ends a row of tiles, is no part of the projector; "
-            "transformers_files.image_newline gives it to merge_tiles, and to_transformers takes it back",
+            "read_image_newline gives it to merge_tiles, and to_transformers takes it back",
             stacklevel=2,
         )
     return projector.eval()
 
 
-def image_newline(source: str | Path | nn.Module) -> Float[Tensor, " l"]:
-    """The vector of a model of transformers that ends a row of tiles; for `vlm_vision.tiling.merge_tiles`.
+def read_image_newline(source: str | Path | nn.Module) -> Float[Tensor, " l"] | None:
+    """The vector by which a model ends a row of a tiled picture, if it has one; `merge_tiles` takes it.
 
     Raises:
-        ConfigError: as `from_transformers`.
-        WeightsError: the model has none.
+        ConfigError, WeightsError: as `from_transformers`.
     """
-    _, _, state = _open(source)
-    if NEWLINE not in state:
-        raise WeightsError(f"{_name(source)} has no {NEWLINE}; {_listed(lambda f: f.has_newline)} have")
-    return state[NEWLINE].float()
+    newline = _open(source)[2].get(NEWLINE)
+    return None if newline is None else newline.float()
 
 
 def to_transformers(
@@ -198,7 +195,11 @@ def _open(source: str | Path | nn.Module) -> tuple[Family, Any, State]:
         state = {name: value.detach().clone() for name, value in source.state_dict().items() if wanted(name)}
     else:
         state = read_state_dict(find_weights_file(source), wanted)
-    return family, config, {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return (
+        family,
+        config,
+        {name.removeprefix("model."): tensor for name, tensor in state.items() if wanted(name)},
+    )
 
 
 def _family(kind: str) -> Family:

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -26,15 +26,14 @@ SHARDS_SUFFIX = ".index.json"
 RANDOM_FILLS = ("normal_", "uniform_")
 
 
-def read_state_dict(path: str | Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
 
     A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors, an
     index of shards (`model.safetensors.index.json`) those of all its files.
 
     Args:
-        wanted: which names to give, if not all; the rest of a safetensors file, and shards that hold none of
-            them, are not read.
+        wanted: of an index, only shards that hold a tensor of such a name are read.
 
     Raises:
         WeightsError: a file is missing, unreadable, or holds anything but tensors; shards that do not hold
@@ -47,10 +46,7 @@ def read_state_dict(path: str | Path, wanted: Callable[[str], bool] | None = Non
         return _read_shards(path, wanted)
     if path.suffix == ".safetensors":
         try:
-            if wanted is None:
-                return dict(load_file(path))
-            with safe_open(path, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in filter(wanted, tensors.keys())}
+            return dict(load_file(path))
         except SafetensorError as error:
             raise WeightsError(f"{path}: not a complete safetensors file: {error}") from error
     try:
@@ -64,22 +60,22 @@ def read_state_dict(path: str | Path, wanted: Callable[[str], bool] | None = Non
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path}: must hold a mapping of names to tensors")
-    named = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
-    return {name: named[name] for name in named if wanted is None or wanted(name)}
+    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
 
 
-def _read_shards(index: Path, wanted: Callable[[str], bool] | None) -> dict[str, Tensor]:
+def _read_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{index}: has no `weight_map` of tensors to files: {error!r}") from error
-    shard_of = {name: listed[name] for name in listed if wanted is None or wanted(name)}
     state: dict[str, Tensor] = {}
-    for name in sorted({str(name) for name in shard_of.values()}):
+    read = {str(shard) for name, shard in shard_of.items() if wanted(name)}
+    shard_of = {name: shard for name, shard in shard_of.items() if shard in read}
+    for name in sorted(read):
         shard = index.parent / name
         if not is_inside(str(shard.absolute().parent), os.path.realpath(index.parent)):
             raise WeightsError(f"{index}: {name!r} lies outside of its folder")
-        state |= read_state_dict(shard, wanted)
+        state |= read_state_dict(shard)
     strange = sorted(state.keys() ^ shard_of.keys())
     if strange:
         raise WeightsError(

@@ -20,9 +20,15 @@ from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.run import read_metrics
 
 STEPS, BATCH_SIZE = 6, 4
+ATTENDING: dict[str, dict[str, Any]] = {
+    "qformer_text": {"layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 4, "dropout": 0.0},
+    "perceiver_resampler": {"layers": 1, "heads": 2, "head_width": 8, "num_latents": 4},
+    "token_packer": {"levels": 1, "width": 16, "heads": 2},
+    "sva": {"regions": [2], "layers": 1, "width": 16, "heads": 2},
+}
 
 
-def config(folder: Path, zero_stage: int, **stage: Any) -> AlignConfig:
+def config(folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", **stage: Any) -> AlignConfig:
     """Every part learns, one conversation at a time, so that ranks accumulate gradients."""
     settings = {
         "name": "all",
@@ -40,7 +46,7 @@ def config(folder: Path, zero_stage: int, **stage: Any) -> AlignConfig:
     return load_config(
         AlignConfig,
         {
-            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": "mlp2x_gelu"},
+            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": projector},
             "stages": [settings],
         },
     )
@@ -71,6 +77,9 @@ def main(folder: Path, output: Path) -> None:
 
     for zero_stage in (0, 1, 2, 3):
         run(f"zero{zero_stage}", zero_stage)
+    for name, options in ATTENDING.items():
+        for zero_stage in (0, 3) if dist.get_world_size() == 1 else (3,):
+            run(f"{name}{zero_stage}", zero_stage, projector={"name": name, **options})
     files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(output / "kept")}
     run("kept3", 3, data=files, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
     run("frozen3", 3, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
