@@ -148,7 +148,7 @@ def sva(projector: Any, patches: Tensor) -> Tensor:
             ).to(plane.dtype)
             found = plane.permute(0, 2, 3, 1).flatten(1, 2)
         groups.append(found)
-    tokens: Tensor = projector.mm_projector(torch.cat(groups, -1))
+    tokens: Tensor = projector.projection(torch.cat(groups, -1))
     return tokens
 
 
