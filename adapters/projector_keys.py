@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.errors import WeightsError
-from vlm_vision.weights import SHARDS_SUFFIX, find_weights_file, read_state_dict
+from vlm_vision.weights import find_weights_file, read_state_dict
 
 # Where a whole model holds its projector; what lies elsewhere in a file that has it belongs to other parts.
 HOLDER = re.compile(
@@ -47,6 +47,8 @@ class Layout:
 LAYOUTS = (
     Layout("LLaVA-NeXT", "pool", (("", "mlp."),)),
     Layout("LLaVA-NeXT", "spatial_pool", (("vision_resampler.pool.", "pool."), ("", "mlp."))),
+    Layout("LLaVA-NeXT", "perceiver_resampler", (("vision_resampler.", ""), ("", "projection."))),
+    Layout("TinyLLaVA", "perceiver_resampler", (("linear.", "projection."), ("", "perceiver."))),
     Layout("Prismatic", "linear", (("projector.", ""),)),
     Layout("Prismatic", "mlp", (("projector.", ""),)),
     Layout("Prismatic", "fused_gelu_mlp", (("projector.", ""),)),
@@ -71,7 +73,7 @@ def load_projector_weights(projector: Projector, source: str | Path | Mapping[st
     """Fill a projector with weights saved here, or by the project that it comes from; every tensor once.
 
     Of a whole model's weights the projector's are taken. Names are those of LLaVA, LLaVA-NeXT, TinyLLaVA,
-    MobileVLM, VILA, Prismatic, nanoVLM, Honeybee or InternVL, whichever fit.
+    MobileVLM, VILA, Prismatic, nanoVLM, Honeybee, InternVL or TokenPacker, whichever fit.
 
     Args:
         source: a file (`mm_projector.bin`, safetensors), a folder, or tensors by name.
@@ -117,11 +119,7 @@ def projector_state(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         WeightsError: nothing is there, or it cannot be read.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        path = weights_file(source)
-        state = read_state_dict(path, of_a_projector if path.name.endswith(SHARDS_SUFFIX) else None)
+    state = source if isinstance(source, Mapping) else read_state_dict(weights_file(source), of_a_projector)
     held = {name: HOLDER.search(name) for name in state}
     if not any(held.values()):
         return dict(state)
