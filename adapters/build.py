@@ -53,14 +53,35 @@ def save_projector(projector: Projector, folder: str | Path) -> None:
     Raises:
         WeightsError: as `check_whole`.
     """
-    folder, state = Path(folder), projector.state_dict()
+    widths = projector.in_features, projector.out_features
+    write_projector(folder, projector.state_dict(), projector.config, *widths, projector.grid)
+
+
+def write_projector(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: ProjectorConfig,
+    in_features: int,
+    out_features: int | None,
+    grid: Grid,
+) -> None:
+    """As `save_projector`, from weights alone.
+
+    Args:
+        out_features: None where no language model is chosen yet, and the projector's `output_layer` is not
+            made: `load_projector_weights` leaves it as it is in the projector that is filled.
+
+    Raises:
+        WeightsError: as `check_whole`.
+    """
+    folder = Path(folder)
     check_whole(state, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
     description = {
-        "projector": projector.config.model_dump(mode="json"),
-        "in_features": projector.in_features,
-        "out_features": projector.out_features,
-        "grid": list(projector.grid),
+        "projector": config.model_dump(mode="json"),
+        "in_features": in_features,
+        "out_features": out_features,
+        "grid": list(grid),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -75,12 +96,13 @@ def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
         ConfigError: a config that this version does not know.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
-    arguments = validate(BuildArguments, description, str(path))
+    description = _description(folder)
+    if description.get("out_features", 0) is None:
+        raise WeightsError(
+            f"{folder} holds a projector without the layer to a language model, which no one has chosen yet: "
+            "give it to `align` as model.projector_weights, or build a projector and load_projector_weights"
+        )
+    arguments = validate(BuildArguments, description, str(folder / "config.json"))
     projector = arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
     load_projector_weights(projector, folder)
     return projector if dtype is None else projector.to(dtype)
@@ -89,13 +111,22 @@ def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
 def load_projector_weights(projector: Projector, source: str | Path) -> None:
     """Fill a projector from a folder, a safetensors file, or LLaVA's `mm_projector.bin`, every tensor once.
 
+    A folder whose `config.json` says that no language model was chosen (`out_features` null) has no weights
+    of the layer to it (`output_layer`), which stays as it is in the projector; see `write_projector`.
+
     Raises:
         WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
     """
-    path = Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path, made_here = Path(source), None
+    if path.is_dir():
+        has_output = _description(path).get("out_features", 0) is not None
+        path, made_here = path / "model.safetensors", None if has_output else projector.output_layer
     state = {name.split("mm_projector.")[-1]: tensor for name, tensor in _read(path).items()}
-    expected = projector.state_dict()
+    expected = {
+        name: tensor
+        for name, tensor in projector.state_dict().items()
+        if made_here is None or not name.startswith(f"{made_here}.")
+    }
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     problems += [
@@ -108,7 +139,17 @@ def load_projector_weights(projector: Projector, source: str | Path) -> None:
             f"{path} does not fit the projector {projector.config.name!r} "
             f"({projector.in_features} -> {projector.out_features}): {'; '.join(sorted(problems))}"
         )
-    projector.load_state_dict(state)
+    projector.load_state_dict({**projector.state_dict(), **state})
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a projector's folder says."""
+    path = folder / "config.json"
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
+    return description
 
 
 def _read(path: Path) -> dict[str, Tensor]:

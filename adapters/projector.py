@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ class Projector(nn.Module):
         config: the config it was built from.
         in_features, out_features: widths D of a patch and L of a token.
         grid: patches of one picture as (rows, columns).
+        output_layer: the layer whose width is the language model's, where training that knows no language
+            model leaves it to be made; None where there is no such training.
     """
 
+    output_layer: ClassVar[str | None] = None
     config: ProjectorConfig
     in_features: int
     out_features: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,22 +20,13 @@ class QFormerProjector(Projector):
     Queries start as N(0, 0.02), as LAVIS initialises them (`blip2_models/blip2.py`, `init_Qformer`).
     """
 
+    output_layer = "language_projection"
+
     def __init__(self, config: QFormerConfig, in_features: int, out_features: int, grid: Grid) -> None:
         super().__init__(config, in_features, out_features, grid)
         hidden = config.hidden_size
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, hidden))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=hidden,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * hidden,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                cross_attention_frequency=config.cross_attention_frequency,
-                encoder_hidden_size=in_features,
-            )
-        )
+        self.qformer = Blip2QFormerModel(library_config(config, in_features))
         self.language_projection = nn.Linear(hidden, out_features)
 
     def forward(self, patches: Float[Tensor, "b n d"], grid: Grid | None = None) -> Float[Tensor, "b m l"]:
@@ -41,3 +34,18 @@ class QFormerProjector(Projector):
         hidden = self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
         tokens: Tensor = self.language_projection(hidden.to(self.language_projection.weight.dtype))
         return tokens
+
+
+def library_config(config: QFormerConfig, in_features: int, **text: Any) -> Blip2QFormerConfig:
+    """The config of transformers' Q-Former for D `in_features`; `text` sets what reads text as well."""
+    return Blip2QFormerConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.hidden_size,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        cross_attention_frequency=config.cross_attention_frequency,
+        encoder_hidden_size=in_features,
+        **text,
+    )

@@ -250,7 +250,13 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "configs/llava15_7b_stage1.yaml -o runs/stage1",
         "my.yaml model.tower=runs/demo/tower stages.0.lr=1e-3",
     )
-    for training in (contrastive, align):
+    qformer = command(
+        "qformer",
+        "teach a Q-Former what to read of a frozen tower, before it is aligned with an LLM",
+        "configs/blip2_qformer.yaml -o runs/qformer data.path=pairs.csv",
+        "my.yaml tower=runs/adapted/model bert=null tokenizer=my-llm --resume",
+    )
+    for training in (contrastive, align, qformer):
         _add_config(training)
         training.add_argument(
             "-o", "--output", metavar="FOLDER", help="folder of the run (default: runs/CONFIG)"
