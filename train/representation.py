@@ -37,6 +37,8 @@ from vlm_vision.train.caption_tokenizer import CaptionTokenizer
 
 MODEL_TYPE = "vlm_vision_qformer_representation"
 INIT_STD = 0.02  # of BERT, for embeddings and for what predicts words
+# A vocabulary grows by new tokens, and may be shorter than its table; places beyond the text are not used.
+RESIZED = ("embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "lm_bias")
 
 
 class RepresentationModel(nn.Module):
@@ -233,30 +235,24 @@ class RepresentationModel(nn.Module):
             raise ConfigError(f"BERT {str(source)!r} cannot be loaded: {error}") from error
         if bert.config.model_type != "bert":
             raise ConfigError(f"{str(source)!r} is a {bert.config.model_type}, and only a BERT fits here")
-        theirs, ours = bert.state_dict(), dict(self.named_parameters())
-        sources = {name: _name_in_bert(name) for name in ours}
         if bert.config.num_hidden_layers != self.config.layers:
             raise WeightsError(
                 f"BERT {str(source)!r} has {bert.config.num_hidden_layers} layers, the Q-Former "
                 f"{self.config.layers}: set qformer.layers, or bert to null"
             )
-        problems = []
-        for name, other in sources.items():
-            if other is None:
+        state, pairs, problems = bert.state_dict(), [], []
+        for name, target in self.named_parameters():
+            if (other := _name_in_bert(name)) is None:
                 continue
-            target, given = ours[name], theirs[other]
-            grows = name in (
-                "embeddings.word_embeddings.weight",
-                "lm_bias",
-                "embeddings.position_embeddings.weight",
-            )
-            if target.shape[1:] != given.shape[1:] or (len(target) != len(given) and not grows):
+            given = state[other]
+            pairs.append((target, given))
+            if target.shape[1:] != given.shape[1:] or (len(target) != len(given) and name not in RESIZED):
                 problems.append(f"{other} is {tuple(given.shape)}, expected {tuple(target.shape)}")
-                continue
-            rows = min(len(target), len(given))
-            target[:rows] = given[:rows]
         if problems:
             raise WeightsError(f"BERT {str(source)!r} does not fit: {'; '.join(problems)}")
+        for target, given in pairs:
+            rows = min(len(target), len(given))
+            target[:rows] = given[:rows]
 
 
 def _name_in_bert(name: str) -> str | None:
@@ -277,6 +273,7 @@ def _name_in_bert(name: str) -> str | None:
 
 
 def similarities(images: Float[Tensor, "b q e"], texts: Float[Tensor, "c e"]) -> Float[Tensor, "b c"]:
-    """Of each picture and text: that of the query which is nearest to the text."""
-    nearest: Tensor = einsum(images, texts, "b q e, c e -> b c q").amax(dim=-1)
+    """Of each picture and text: that of the query which is nearest to the text; in fp32, whatever is cast."""
+    with torch.autocast(images.device.type, enabled=False):
+        nearest: Tensor = einsum(images, texts, "b q e, c e -> b c q").amax(dim=-1)
     return nearest

@@ -62,9 +62,9 @@ class RepresentationConfig(Config):
     Attributes:
         tower: anything that `load_tower` takes; it stays as it is.
         qformer: what `align` is later given as `projector`.
-        bert: folder or hub id of a BERT whose weights text and self-attention start from, as in BLIP-2; its
-            sizes must be those of `qformer`. None starts from random weights.
-        tokenizer: folder or hub id of any tokenizer of transformers; None takes that of `bert`.
+        bert: folder or hub id of a BERT with whose tokenizer and weights text and self-attention start, as in
+            BLIP-2; its sizes must be those of `qformer`. None starts from random weights.
+        tokenizer: without a BERT, folder or hub id of any tokenizer of transformers.
         max_text_tokens: of a caption, with its start and end; the rest is cut.
         augment: where nothing of it is random, the tower's patches are computed once and kept.
         cache_gb: as long as all of them take no more.
@@ -85,7 +85,7 @@ class RepresentationConfig(Config):
     data: DataConfig
     validation: RepresentationValidationConfig = RepresentationValidationConfig()
     augment: AugmentConfig = AugmentConfig()
-    qformer: QFormerConfig = Field(default_factory=QFormerConfig)
+    qformer: QFormerConfig = QFormerConfig.model_validate({})
     bert: str | None = "google-bert/bert-base-uncased"
     tokenizer: str | None = None
     max_text_tokens: Annotated[int, Field(ge=3, le=512)] = 32
@@ -120,6 +120,8 @@ class RepresentationConfig(Config):
     def _parts_agree(self) -> RepresentationConfig:
         if self.bert is None and self.tokenizer is None:
             raise ValueError("without `bert`, name the `tokenizer` of the captions")
+        if self.bert is not None and self.tokenizer is not None:
+            raise ValueError("a BERT reads its own tokens: leave `tokenizer` out, or set `bert` to null")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self
