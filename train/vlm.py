@@ -32,6 +32,7 @@ from vlm_vision.train.conversations import (
     Turn,
     stack_instructions,
 )
+from vlm_vision.train.vlm_import import FOREIGN, check_loaded, read_parts
 
 MODEL_TYPE = "vlm_vision_language_model"
 TOKENIZER_FOLDER = "tokenizer"
@@ -308,7 +309,10 @@ class VisionLanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-        """Load a folder or hub id that `save_pretrained` wrote, in eval mode.
+        """Load a folder or hub id, in eval mode.
+
+        It is one that `save_pretrained` wrote, a `LlavaForConditionalGeneration` of transformers (llava-hf),
+        or a model of LLaVA's own code.
 
         Args:
             dtype: of all parts; by default each as it was saved.
@@ -318,7 +322,12 @@ class VisionLanguageModel(nn.Module):
             WeightsError: weights that do not fit.
         """
         folder = resolve_folder(source)
-        _check_model_folder(folder)
+        config = _read_config(folder)
+        if config.get("model_type") in FOREIGN:
+            parts = read_parts(folder, dtype)
+            _make_saveable(parts.llm)
+            return cls(*parts).eval()
+        _check_model_folder(folder, config)
         tower = VisionTower.from_pretrained(folder / "tower")
         model = cls(
             tower if dtype is None else tower.to(dtype),
@@ -366,16 +375,7 @@ def load_llm(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
-    # Old checkpoints store the rotary frequencies, which are computed today.
-    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
-    problems = {
-        "missing": info["missing_keys"],
-        "unexpected": unexpected,
-        "misshapen": info["mismatched_keys"],
-    }
-    found = [f"{kind} {', '.join(sorted(map(str, keys))[:5])}" for kind, keys in problems.items() if keys]
-    if found:
-        raise WeightsError(f"language model {str(source)!r}: {'; '.join(found)}")
+    check_loaded(info, source)
     _make_saveable(llm)
     return llm
 
@@ -462,13 +462,26 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _check_model_folder(folder: Path) -> None:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is no saved vision-language model: {error}") from error
+    return config
+
+
+def is_vlm_folder(source: str | Path) -> bool:
+    """Whether `VisionLanguageModel.from_pretrained` takes a folder."""
+    path = Path(source) / "config.json"
+    return path.is_file() and _read_config(Path(source)).get("model_type") in (MODEL_TYPE, *FOREIGN)
+
+
+def _check_model_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"{folder}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
+        raise ConfigError(
+            f"{folder}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}, or "
+            f"{', '.join(FOREIGN)} of llava-hf and LLaVA"
+        )
     absent = [part for part in PARTS if part not in config["parts"]]
     if absent:
         raise ConfigError(

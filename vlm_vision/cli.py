@@ -205,19 +205,25 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
 
     export = command(
         "export",
-        "write a tower as a folder that LLaVA, transformers or open_clip load as their own",
+        "write a tower or a model as a folder that LLaVA, transformers or open_clip load as their own",
         "open_clip:ViT-L-14-336-quickgelu@openai --to clip -o clip",
         "runs/stage2/model --to clip -o clip",
         "runs/adapted/model --to open_clip -o adapted",
         "runs/adapted/model --to transformers -o adapted",
+        "runs/align/model --to transformers -o llava-hf   # a LlavaForConditionalGeneration with processor",
+        "runs/align/model --to llava -o llava   # for LLaVA's own code",
         "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
     )
-    export.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
+    export.add_argument(
+        "source",
+        help="a tower: source:model@weights, a folder, or a YAML file; a vision-language model's folder",
+    )
     export.add_argument(
         "--to",
-        choices=["clip", "open_clip", "transformers"],
+        choices=["clip", "open_clip", "transformers", "llava"],
         required=True,
-        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel",
+        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel; of a "
+        "vision-language model a LlavaForConditionalGeneration, or LLaVA's own files",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     export.add_argument(

@@ -252,6 +252,9 @@ def export(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise ConfigError(f"{output} is there already: give another folder")
+    if arguments.to == "llava" or (arguments.to == "transformers" and _is_vlm(arguments.source)):
+        _export_vlm(arguments, output)
+        return
     if arguments.to in ("open_clip", "transformers"):
         model = load_dual_encoder(arguments.source)
         if arguments.adapter is not None:
@@ -277,6 +280,32 @@ def export(arguments: argparse.Namespace) -> None:
         print("  its pooled output is zeros, for the same reason; features of patches are complete")
     layers = " and ".join(map(str, written.select_layers))
     print(f"  LLaVA: --vision_tower {output} --mm_vision_select_layer {layers}")
+
+
+def _is_vlm(source: str) -> bool:
+    if not (Path(source) / "config.json").is_file():
+        return False  # of which nothing of training need be loaded
+    from vlm_vision.train.vlm import is_vlm_folder
+
+    return is_vlm_folder(source)
+
+
+def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
+    from vlm_vision.train.vlm import VisionLanguageModel
+    from vlm_vision.train.vlm_export import export_llava, export_llava_for_transformers
+
+    if arguments.adapter is not None:
+        raise ConfigError(
+            "--adapter is merged into towers and dual encoders; stages merge what they trained before saving"
+        )
+    model = VisionLanguageModel.from_pretrained(arguments.source)
+    if arguments.to == "transformers":
+        export_llava_for_transformers(model, output, source=arguments.source)
+        print(f"{output}: transformers.LlavaForConditionalGeneration.from_pretrained, and AutoProcessor")
+        return
+    export_llava(model, output, source=arguments.source)
+    print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, None, 'llava')")
+    print(f"  its tower is {output.absolute() / 'vision_tower'}; after a move, change mm_vision_tower")
 
 
 def data(arguments: argparse.Namespace) -> None:
