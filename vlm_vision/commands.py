@@ -438,7 +438,7 @@ def _conversation(
     for question in questions:
         mark = "" if turns or image is None else f"{IMAGE_TOKEN}\n"
         turns.append(Turn("user", mark + question))
-        answer = model.generate(pixels, [turns], max_new_tokens)[0]
+        answer = model.answer(pixels, [turns], max_new_tokens)[0]
         turns.append(Turn("assistant", answer))
         yield answer
 

@@ -134,12 +134,12 @@ def test_transformers_computes_our_logits_and_text(kind: str, tied: bool, tmp_pa
     questions = [QUESTION, "what is the picture of ?"]
     image = picture().crop((0, 0, 41, 41))  # square: no rounding of margins
     prepared = model.vision_tower.image_processor([image, image])
-    assert their_answers(tmp_path / "hf", [image, image], questions, 6) == model.generate(
+    assert their_answers(tmp_path / "hf", [image, image], questions, 6) == model.answer(
         prepared, questions, 6
     )
 
     again = VisionLanguageModel.from_pretrained(tmp_path / "hf")
-    assert again.generate(prepared, questions, 6) == model.generate(prepared, questions, 6)
+    assert again.answer(prepared, questions, 6) == model.answer(prepared, questions, 6)
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
     assert worst_logit_error(again, theirs, theirs.config.image_token_id) <= TOLERANCE
     export_llava_for_transformers(again, tmp_path / "hf2")
