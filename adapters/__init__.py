@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_vision.adapters.build import build_projector, list_projectors
+    from vlm_vision.adapters.llava_files import from_llava, to_llava
     from vlm_vision.adapters.load import load_adapter
     from vlm_vision.adapters.save import save_lora
 
 _HOMES = {
     "build_projector": "build",
+    "from_llava": "llava_files",
     "list_projectors": "build",
     "load_adapter": "load",
     "save_lora": "save",
+    "to_llava": "llava_files",
 }
 
-__all__ = ["build_projector", "list_projectors", "load_adapter", "save_lora"]
+__all__ = ["build_projector", "from_llava", "list_projectors", "load_adapter", "save_lora", "to_llava"]
 
 
 def __getattr__(name: str) -> Any:

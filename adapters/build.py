@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm_vision.adapters.config import PROJECTORS, BuildArguments, Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.adapters.projector_keys import load_projector_weights
 from vlm_vision.config import validate
 from vlm_vision.errors import WeightsError
 from vlm_vision.weights import check_whole
 
 
 def list_projectors() -> list[str]:
-    """Every projector name, ours first, then other packages'; `mlp{depth}x_gelu` is understood too."""
+    """Every projector name, ours first, then other packages'; those of ALIASES are understood too."""
     return PROJECTORS.names()
 
 
@@ -88,6 +89,15 @@ def write_projector(
     save_file(tensors, folder / "model.safetensors")
 
 
+def is_saved_projector(folder: str | Path) -> bool:
+    """Whether a folder is one of `save_projector`."""
+    try:
+        description = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and "projector" in description
+
+
 def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:
     """The projector that `save_projector` wrote.
 
@@ -96,66 +106,17 @@ def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
         ConfigError: a config that this version does not know.
     """
     folder = Path(folder)
-    description = _description(folder)
+    path = folder / "config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
     if description.get("out_features", 0) is None:
         raise WeightsError(
             f"{folder} holds a projector without the layer to a language model, which no one has chosen yet: "
             "give it to `align` as model.projector_weights, or build a projector and load_projector_weights"
         )
-    arguments = validate(BuildArguments, description, str(folder / "config.json"))
+    arguments = validate(BuildArguments, description, str(path))
     projector = arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
     load_projector_weights(projector, folder)
     return projector if dtype is None else projector.to(dtype)
-
-
-def load_projector_weights(projector: Projector, source: str | Path) -> None:
-    """Fill a projector from a folder, a safetensors file, or LLaVA's `mm_projector.bin`, every tensor once.
-
-    A folder whose `config.json` says that no language model was chosen (`out_features` null) has no weights
-    of the layer to it (`output_layer`), which stays as it is in the projector; see `write_projector`.
-
-    Raises:
-        WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
-    """
-    path, made_here = Path(source), None
-    if path.is_dir():
-        has_output = _description(path).get("out_features", 0) is not None
-        path, made_here = path / "model.safetensors", None if has_output else projector.output_layer
-    state = {name.split("mm_projector.")[-1]: tensor for name, tensor in _read(path).items()}
-    expected = {
-        name: tensor
-        for name, tensor in projector.state_dict().items()
-        if made_here is None or not name.startswith(f"{made_here}.")
-    }
-    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
-    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise WeightsError(
-            f"{path} does not fit the projector {projector.config.name!r} "
-            f"({projector.in_features} -> {projector.out_features}): {'; '.join(sorted(problems))}"
-        )
-    projector.load_state_dict({**projector.state_dict(), **state})
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    """What `config.json` of a projector's folder says."""
-    path = folder / "config.json"
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
-    return description
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # each reader has its own family of errors
-        raise WeightsError(f"projector weights {str(path)!r} cannot be read: {error}") from error

@@ -23,10 +23,34 @@ PROJECTORS = Registry(
     kind="projector",
     group="vlm_vision.projectors",
     builtin=(
+        ("identity", "vlm_vision.adapters.mlp_config:IdentityConfig"),
         ("linear", "vlm_vision.adapters.mlp_config:LinearConfig"),
         ("mlp", "vlm_vision.adapters.mlp_config:MlpConfig"),
+        ("mlp_res", "vlm_vision.adapters.mlp_config:MlpResConfig"),
+        ("fused_gelu_mlp", "vlm_vision.adapters.mlp_config:FusedGeluMlpConfig"),
+        ("pixel_shuffle", "vlm_vision.adapters.downsample_config:PixelShuffleConfig"),
+        ("mlp_downsample", "vlm_vision.adapters.downsample_config:MlpDownsampleConfig"),
+        ("pool", "vlm_vision.adapters.downsample_config:PoolConfig"),
+        ("pooler", "vlm_vision.adapters.downsample_config:PoolerConfig"),
+        ("spatial_pool", "vlm_vision.adapters.downsample_config:SpatialPoolConfig"),
+        ("c_abstractor", "vlm_vision.adapters.convolution_config:CAbstractorConfig"),
+        ("ldp", "vlm_vision.adapters.convolution_config:LdpConfig"),
+        ("ldpv2", "vlm_vision.adapters.convolution_config:LdpV2Config"),
         ("qformer", "vlm_vision.adapters.qformer_config:QFormerConfig"),
+        ("qformer_text", "vlm_vision.adapters.qformer_config:QFormerTextConfig"),
+        ("perceiver_resampler", "vlm_vision.adapters.perceiver_config:PerceiverResamplerConfig"),
+        ("idefics2_perceiver", "vlm_vision.adapters.perceiver_config:Idefics2PerceiverConfig"),
+        ("token_packer", "vlm_vision.adapters.token_packer_config:TokenPackerConfig"),
+        ("sva", "vlm_vision.adapters.sva_config:SvaConfig"),
     ),
+)
+
+# Names in LLaVA, LLaVA-NeXT and VILA that say options too: the name here, and what they say beside it.
+ALIASES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    (r"mlp(?P<depth>[1-9]\d*)x_gelu", "mlp", {"activation": "gelu"}),
+    (r"mlp(?P<depth>[1-9]\d*)x_res(?P<blocks>[1-9]\d*)x_gelu", "mlp_res", {}),
+    (r"mlp_downsample_(?P<variant>2x2|3x3)_fix", "mlp_downsample", {}),
+    (r"mlp_downsample_(?P<variant>3x3_s2|3x3_s2_new)", "mlp_downsample", {}),
 )
 
 Width = Annotated[int, Field(gt=0)]
@@ -72,16 +96,32 @@ class ProjectorConfig(Config):
 
 
 class ProjectorVariant(Variant):
-    """A projector node, in which LLaVA's `mlp{depth}x_gelu` names an MLP of that depth."""
+    """A projector node, in which the names of LLaVA and VILA (`mlp2x_gelu`) stand for a name and options."""
 
     def class_of(self, node: Any) -> type[Config] | None:
-        try:
-            return super().class_of(_expand_llava_name(node))
-        except PydanticCustomError:
-            return PROJECTORS.config_class("mlp")
+        meant = _meant(node)
+        return super().class_of(node if meant is None else meant)
 
     def validate(self, value: Any) -> Config:
-        return super().validate(_expand_llava_name(value))
+        meant = _meant(value)
+        if meant is None:
+            return super().validate(value)
+        given = {"name": value} if isinstance(value, str) else value
+        for key in meant.keys() & given.keys() - {"name"}:
+            if given[key] != meant[key]:
+                raise PydanticCustomError(
+                    "variant",
+                    "{alias} says {key} {meant}, but {key} is given as {other}: use the name {name} "
+                    "to set it",
+                    {
+                        "alias": repr(given["name"]),
+                        "key": key,
+                        "meant": meant[key],
+                        "other": given[key],
+                        "name": repr(meant["name"]),
+                    },
+                )
+        return super().validate({**given, **meant})
 
 
 ProjectorNode = Annotated[ProjectorConfig, ProjectorVariant(PROJECTORS)]
@@ -118,20 +158,14 @@ class _Named(Config):
     projector: ProjectorNode
 
 
-def _expand_llava_name(node: Any) -> Any:
-    """`mlp3x_gelu`, alone or as `name`, as the mapping it stands for; anything else as it is."""
-    options = {"name": node} if isinstance(node, str) else node
-    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        return node
-    found = re.fullmatch(r"mlp([1-9]\d*)x_gelu", options["name"])
-    if not found:
-        return node
-    meant = {"name": "mlp", "depth": int(found[1]), "activation": "gelu"}
-    for key in meant.keys() & options.keys() - {"name"}:
-        if options[key] != meant[key]:
-            raise PydanticCustomError(
-                "variant",
-                "{given} says {key} {meant}, but {key} is given as {other}: use the name 'mlp' to set it",
-                {"given": repr(options["name"]), "key": key, "meant": meant[key], "other": options[key]},
-            )
-    return {**options, **meant}
+def _meant(node: Any) -> dict[str, Any] | None:
+    """Name and options that an alias says, alone or as `name`; None where it is none."""
+    alias = node.get("name") if isinstance(node, Mapping) else node
+    if not isinstance(alias, str):
+        return None
+    for pattern, name, options in ALIASES:
+        found = re.fullmatch(pattern, alias)
+        if found:
+            said = {key: int(value) if value.isdigit() else value for key, value in found.groupdict().items()}
+            return {"name": name, **options, **said}
+    return None

@@ -23,10 +23,12 @@ class Projector(nn.Module):
         config: the config it was built from.
         in_features, out_features: widths D of a patch and L of a token.
         grid: patches of one picture as (rows, columns).
+        reads_text: whether a picture's instruction goes in too, as `text_ids` and `text_mask`, both [B,T].
         output_layer: the layer whose width is the language model's, where training that knows no language
             model leaves it to be made; None where there is no such training.
     """
 
+    reads_text: bool = False
     output_layer: ClassVar[str | None] = None
     config: ProjectorConfig
     in_features: int
@@ -52,7 +54,7 @@ class Projector(nn.Module):
         """The grid that patches lie on: the one given, or its own.
 
         Raises:
-            ConfigError: they are not that many.
+            ConfigError: they are not that many, or a grid that this projector cannot take.
         """
         rows, columns = grid or self.grid
         if patches.shape[1] != rows * columns:
@@ -60,4 +62,10 @@ class Projector(nn.Module):
                 f"{self.config.name}: {patches.shape[1]} patches do not lie on a grid of {rows}x{columns}; "
                 "give the grid they have: projector(patches, (rows, columns))"
             )
+        self.config.grid_out((rows, columns))
         return rows, columns
+
+    def like_weights(self, patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Patches in the dtype and on the device of its weights, where it has any."""
+        weights = next(self.parameters(), None)
+        return patches if weights is None else patches.to(weights)

@@ -1,8 +1,9 @@
 """Functions of LLaVA, LLaVA-NeXT and scaling_on_scales, run from checkouts that environment variables name.
 
 VLM_VISION_LLAVA, VLM_VISION_LLAVA_NEXT and VLM_VISION_S2 are folders of haotian-liu/LLaVA,
-LLaVA-VL/LLaVA-NeXT and bfshi/scaling_on_scales; VLM_VISION_PHOTOS is a folder of photographs. What is not
-named is not compared.
+LLaVA-VL/LLaVA-NeXT and bfshi/scaling_on_scales; VLM_VISION_PROJECTOR_REFERENCES is a folder of checkouts that
+have projectors (LLaVA, LLaVA-NeXT, MobileVLM, VILA, honeybee, nanoVLM, prismatic-vlms); VLM_VISION_PHOTOS is
+a folder of photographs. What is not named is not compared.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vlm_vision.preprocess import find_pictures
 
 LLAVA, LLAVA_NEXT, S2 = "VLM_VISION_LLAVA", "VLM_VISION_LLAVA_NEXT", "VLM_VISION_S2"
 PHOTOS = "VLM_VISION_PHOTOS"
+PROJECTORS = "VLM_VISION_PROJECTOR_REFERENCES"
 
 # (width, height) of 50 pictures: single pixels, threads of up to 200:1, exact tiles, and every kind between.
 ODD_SIZES = [
@@ -85,6 +87,21 @@ def _package(name: str, folder: Path | None = None, **content: Any) -> ModuleTyp
         module.__path__ = [str(folder)]
     vars(module).update(content)
     return module
+
+
+def module_of(folder: Path, name: str, **beside: Any) -> ModuleType:
+    """A module by its name within a folder of a checkout, whose packages' own imports are left out.
+
+    Args:
+        beside: modules that it imports from, as the one thing that each of them holds.
+    """
+    modules = {"checkout": _package("checkout", folder)}
+    for part in name.split(".")[:-1]:
+        modules[f"checkout.{part}"] = _package(f"checkout.{part}", folder / part)
+    for module, thing in beside.items():
+        modules[f"checkout.{module}"] = _package(f"checkout.{module}", None, **{thing: None})
+    with _in_place_of(modules):
+        return importlib.import_module(f"checkout.{name}")
 
 
 def llava(variable: str) -> SimpleNamespace:

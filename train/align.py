@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vlm_vision.adapters.build import build_projector, load_projector, load_projector_weights
+from vlm_vision.adapters.build import build_projector, load_projector
 from vlm_vision.adapters.lora import merge_lora
+from vlm_vision.adapters.projector_keys import load_projector_weights
 from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.conversations import read_template
 from vlm_vision.train.deepspeed_engine import join_ranks
+from vlm_vision.train.plan import check_fit
 from vlm_vision.train.run import prepare_process
 from vlm_vision.train.stage import run_stage
 from vlm_vision.train.vlm import (
@@ -25,8 +27,10 @@ from vlm_vision.train.vlm import (
     VisionLanguageModel,
     embedding_width,
     load_llm,
+    load_text_tokenizer,
     load_tokenizer,
     token_grid,
+    with_vocabulary,
 )
 
 DONE_FILE = "done.json"
@@ -50,6 +54,7 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         WeightsError: weights that do not fit.
         VlmVisionError: a loss that is not finite.
     """
+    check_fit(config)
     rank, _, _ = join_ranks()
     output = Path(output)
     figures: dict[str, dict[str, float]] = {}
@@ -97,8 +102,9 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
         projector = load_projector(learnt["projector"])
     else:
         projector = build_projector(
-            config.projector, tower.hidden_size, embedding_width(llm), token_grid(tower)
+            with_vocabulary(config.projector, llm), tower.hidden_size, embedding_width(llm), token_grid(tower)
         )
         if config.projector_weights is not None:
             load_projector_weights(projector, config.projector_weights)
-    return VisionLanguageModel(tower.to(dtype), projector.to(dtype), llm, tokenizer)
+    text_tokenizer = load_text_tokenizer(learnt["projector"]) if "projector" in learnt else None
+    return VisionLanguageModel(tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer)

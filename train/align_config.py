@@ -56,6 +56,8 @@ class ConversationConfig(Config):
         too_long: what happens to the text of a conversation beyond `max_length`.
         max_bad_share: records that cannot be used are replaced, counted and listed up to this share.
         workers: processes that prepare samples; 0 prepares them in the training process.
+        feature_cache: a folder to keep the features of a frozen tower in, which are then computed once, and
+            read from there by every epoch and by later runs with the same tower and pictures.
     """
 
     file: str
@@ -65,6 +67,7 @@ class ConversationConfig(Config):
     too_long: Literal["truncate", "refuse"] = "truncate"
     max_bad_share: Share = 0.0
     workers: NonNegativeInt = 1
+    feature_cache: str | None = None
 
 
 class Stage(Config):

@@ -11,7 +11,9 @@ import copy
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.files import is_inside
+from vlm_vision.picture_list import ListedPicture
 from vlm_vision.preprocess import ImageProcessor, open_image
 
 IMAGE_TOKEN = "<image>"
@@ -187,6 +191,18 @@ class Conversations(Sequence[Record]):
             raw = json.loads(file.read(self._sizes[index]))
         record = parse_record(raw, range(len(self))[index], self.path)
         return separate_questions(record)[self._questions[index]] if self.separate else record
+
+    def readings(self) -> Counter[ListedPicture]:
+        """Every picture that can be read, and by how many records; known by the name that records give."""
+        names = Counter[str]()
+        for index in range(len(self)):
+            if index not in self.bad:
+                names.update(self[index].images)
+        readings = Counter[ListedPicture]()
+        for name, count in sorted(names.items()):
+            with suppress(DataError):  # a picture outside the folder is told of when its record comes up
+                readings[ListedPicture(name, self._resolve(name, ""))] = count
+        return readings
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """The record's pictures, opened.
@@ -406,6 +422,31 @@ class ChatFormat:
         return encoded
 
 
+class Instructions:
+    """What is asked about a picture, as the tokens that an instruction-aware projector reads.
+
+    Args:
+        tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.
+        max_length: tokens that are kept.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, turns: Sequence[Turn]) -> Tensor:
+        """Tokens [T] of the user's turns without the marks of pictures; one at least, whatever it is."""
+        asked = "\n".join(turn.words for turn in turns if turn.role == "user")
+        ids = self.tokenizer(asked, truncation=True, max_length=self.max_length)["input_ids"]
+        return torch.tensor(ids or [0])
+
+
+def stack_instructions(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """`text_ids` and `text_mask` [P,T] of the instruction of each picture."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence(list(rows), batch_first=True)
+    return {"text_ids": ids, "text_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+
 def read_template(path: str | Path) -> str:
     """Text of a chat template.
 
@@ -432,6 +473,8 @@ class Sample:
     Attributes:
         input_ids, labels: [T].
         pixels: [pictures, 3, H, W], or None for text alone.
+        patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
+        instruction: [tokens] that the projector reads, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
         truncated: whether its text was cut at max_length.
     """
@@ -439,12 +482,23 @@ class Sample:
     input_ids: Tensor
     labels: Tensor
     pixels: Tensor | None
+    patches: Tensor | None = None
+    instruction: Tensor | None = None
     replaced: tuple[tuple[int, str], ...] = ()
     truncated: bool = False
+
+    @property
+    def num_pictures(self) -> int:
+        seen = self.patches if self.pixels is None else self.pixels
+        return 0 if seen is None else len(seen)
 
 
 class ConversationDataset(Dataset[Sample]):
     """Samples of a conversation file. A bad record is replaced by the next good one, the same at every visit.
+
+    Args:
+        features: patches by the name of the picture, in place of pixels; a picture that has none is bad.
+        instructions: for a projector that reads text.
 
     Raises (on access):
         DataError: more bad records than the conversations allow.
@@ -458,8 +512,11 @@ class ConversationDataset(Dataset[Sample]):
         *,
         max_length: int,
         too_long: Literal["truncate", "refuse"] = "truncate",
+        features: FeatureShards | None = None,
+        instructions: Instructions | None = None,
     ) -> None:
         self.conversations, self.chat, self.image_processor = conversations, chat, image_processor
+        self.features, self.instructions = features, instructions
         self.max_length, self.too_long = max_length, too_long
         self._encoded: dict[tuple[Turn, ...], Encoded] = {}
 
@@ -489,14 +546,27 @@ class ConversationDataset(Dataset[Sample]):
             encoded = self._encode(record.turns)
         except DataError as error:
             raise DataError(f"{self.conversations.path}: record {record.id!r}: {error}") from error
-        squares = [self.image_processor.to_square(picture) for picture in self.conversations.pictures(record)]
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
-            self.image_processor.normalise(squares) if squares else None,
+            self._pixels(record) if self.features is None else None,
+            None if self.features is None else self._patches(self.features, record),
+            None if self.instructions is None else self.instructions(record.turns),
             replaced,
             encoded.truncated,
         )
+
+    def _pixels(self, record: Record) -> Tensor | None:
+        squares = [self.image_processor.to_square(picture) for picture in self.conversations.pictures(record)]
+        return self.image_processor.normalise(squares) if squares else None
+
+    def _patches(self, features: FeatureShards, record: Record) -> Tensor:
+        for name in record.images:
+            if name not in features:
+                self.conversations.pictures(record)  # says what is wrong with it
+                raise DataError(f"{self.conversations.path}: {name!r} has no features in {features.folder}")
+        rows = [features[name] for name in record.images]
+        return torch.stack(rows) if rows else torch.empty(0, *features.manifest.shape)
 
     def _encode(self, turns: tuple[Turn, ...]) -> Encoded:
         """Tokens of a conversation; kept for the next time, as the same is asked about many pictures."""
@@ -514,6 +584,8 @@ class Batch:
     Attributes:
         input_ids, attention_mask, labels: [B,T].
         pixels: [P,3,H,W], pictures of all samples in order, or None.
+        patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
+        text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
         replaced, truncated: what happened to its samples.
     """
 
@@ -521,6 +593,8 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     pixels: Tensor | None
+    patches: Tensor | None
+    text: dict[str, Tensor] | None
     replaced: tuple[tuple[int, str], ...]
     truncated: int
 
@@ -534,12 +608,21 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     """Pad and stack samples."""
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
+    patches = [sample.patches for sample in samples if sample.patches is not None]
+    instructions = [
+        sample.instruction
+        for sample in samples
+        if sample.instruction is not None
+        for _ in range(sample.num_pictures)
+    ]
     input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
     return Batch(
         input_ids=input_ids,
         attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
         labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
         pixels=torch.cat(pictures) if pictures else None,
+        patches=torch.cat(patches) if patches else None,
+        text=stack_instructions(instructions) if instructions else None,
         replaced=tuple(entry for sample in samples for entry in sample.replaced),
         truncated=sum(sample.truncated for sample in samples),
     )

@@ -13,17 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlm_vision.adapters.build import build_projector, load_projector, load_projector_weights
+from vlm_vision.adapters.build import is_saved_projector, load_projector
+from vlm_vision.adapters.llava_files import from_llava
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.compat import attention_kernel
 from vlm_vision.dual_encoder import DualEncoder
-from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.features import select_tokens
 from vlm_vision.preprocess import Picture
 from vlm_vision.progress import progress_bar
 from vlm_vision.tower import VisionTower
 from vlm_vision.train.validation import evaluating
-from vlm_vision.weights import read_state_dict
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def drift(
                 sums[layer].add(one, other)
             if projector is not None:
                 one, other = (
-                    _rows(projector(_selected(old, tokens).to(next(projector.parameters()))), device)
+                    _rows(projector(projector.like_weights(_selected(old, tokens))), device)
                     for tokens in (ours, theirs)
                 )
                 projected.add(one, other)
@@ -134,25 +134,17 @@ def open_projector(source: str | Path, tower: VisionTower) -> Projector:
     """The projector of a VLM.
 
     Args:
-        source: a folder that `save_projector` wrote, a VLM's folder that holds one, or a file with LLaVA's
-            `linear` or `mlp{depth}x_gelu` (`mm_projector.bin`), whose shapes say which.
+        source: a folder of `save_projector`, a VLM's folder that holds one, or what `from_llava` takes.
         tower: whose features it takes.
 
     Raises:
         WeightsError: there is none, or of another kind.
         ConfigError: a config that this version does not know.
     """
-    path = Path(source)
-    if path.is_dir():
-        return load_projector(path / "projector" if (path / "projector").is_dir() else path).eval()
-    state = {name.split("mm_projector.")[-1]: tensor for name, tensor in read_state_dict(path).items()}
-    matrices = [state[name] for name in sorted(state, key=_number) if state[name].ndim == 2]
-    if not matrices:
-        raise WeightsError(f"{path} holds no projector of linear layers: {', '.join(list(state)[:3])}")
-    width, name = matrices[0].shape, "linear" if "weight" in state else f"mlp{len(matrices)}x_gelu"
-    projector = build_projector(name, width[1], width[0], tower.grid)
-    load_projector_weights(projector, path)
-    return projector.eval()
+    folder = Path(source) / "projector" if (Path(source) / "projector").is_dir() else Path(source)
+    if is_saved_projector(folder):
+        return load_projector(folder).eval()
+    return from_llava(source, tower.grid).eval()
 
 
 class _Sums:
@@ -248,8 +240,3 @@ def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
 
 def _length(pictures: Iterable[Picture]) -> int:
     return len(pictures) if isinstance(pictures, Sequence) else 0
-
-
-def _number(name: str) -> int:
-    first = name.partition(".")[0]
-    return int(first) if first.isdecimal() else 0

@@ -109,7 +109,9 @@ def caption_loss(
     """Mean loss over the tokens of all answers, with the right pictures or, given `swap_seed`, others."""
     shown = {} if swap_seed is None else swapped_pictures(conversations, swap_seed)
     processor = model.vision_tower.image_processor
-    data = ConversationDataset(conversations, model.chat, processor, max_length=max_length)
+    data = ConversationDataset(
+        conversations, model.chat, processor, max_length=max_length, instructions=model.instructions
+    )
     device = next(model.parameters()).device
     total, labels = 0.0, 0
     was_training = model.training
@@ -131,6 +133,7 @@ def caption_loss(
                 batch.attention_mask.to(device),
                 batch.labels.to(device),
                 None if batch.pixels is None else batch.pixels.to(device),
+                text=None if batch.text is None else {k: v.to(device) for k, v in batch.text.items()},
             )
             total += float(output.loss) * batch.num_labels
             labels += batch.num_labels

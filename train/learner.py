@@ -318,7 +318,7 @@ class Learner:
         state: dict[str, Any] = {
             **self.weights(),
             "optimizer": optimizer_state(self.optimizer, self._learning()),
-            "progress": {"steps": self.schedule.last_epoch, "scaler": self.scaler.state_dict()},
+            "progress": {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()},
         }
         if self.objective.patch_head is not None:
             head = self.objective.patch_head.state_dict()
@@ -362,8 +362,9 @@ class Learner:
         kept = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         load_optimizer(self.optimizer, self._learning(), kept)
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        self.schedule.last_epoch = progress["steps"] - 1
-        self.schedule.step()
+        self.schedule.load_state_dict(progress["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
         self.scaler.load_state_dict(progress["scaler"])
 
     def train_mode(self) -> None:

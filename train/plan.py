@@ -25,10 +25,11 @@ from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.prepared import prepare_model
 from vlm_vision.train.sources import is_there
-from vlm_vision.train.vlm import embedding_width, load_llm, token_grid
+from vlm_vision.train.vlm import embedding_width, load_llm, token_grid, with_vocabulary
 
 Precision = Literal["fp32", "bf16", "autocast"]
 GIB = 2**30
+WITHOUT_WEIGHTS = "\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
 
 # What the hub's config.json of these language models says, so that a run is planned without a network.
 _LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -145,7 +146,8 @@ def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = Non
     stages = []
     tokens_per_image = 0
     for stage in config.stages:
-        model, tokens_per_image = _vision_language_model(config.model)
+        model, tokens_per_image = _vision_language_model(config.model, WITHOUT_WEIGHTS)
+        _check_lengths(stage, tokens_per_image, model["llm"])
         set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
         stages.append(
@@ -159,6 +161,32 @@ def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = Non
             )
         )
     return Plan(tokens_per_image, world, tuple(stages))
+
+
+def check_fit(config: AlignConfig) -> None:
+    """Refuse what cannot be aligned, before a weight is read: in seconds, for parts of any size.
+
+    Raises:
+        ConfigError: a projector that the tower's grid and widths do not fit, a picture that takes more tokens
+            than a stage or the language model has room for, or a part whose config cannot be had.
+    """
+    model, tokens_per_image = _vision_language_model(config.model)
+    for stage in config.stages:
+        _check_lengths(stage, tokens_per_image, model["llm"])
+
+
+def _check_lengths(stage: Stage, tokens_per_image: int, llm: Any) -> None:
+    context = getattr(llm.config, "max_position_embeddings", None)
+    if context is not None and stage.max_length > context:
+        raise ConfigError(
+            f"stage {stage.name!r}: max_length {stage.max_length} is more than the {context} positions "
+            "of the language model"
+        )
+    if tokens_per_image >= stage.max_length:
+        raise ConfigError(
+            f"stage {stage.name!r}: one picture takes {tokens_per_image} tokens, max_length is "
+            f"{stage.max_length}"
+        )
 
 
 def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int | None = None) -> Plan:
@@ -215,19 +243,19 @@ def memory_of(parameters: int, learning: int, *, zero_stage: int, world: int, pr
     )
 
 
-def _vision_language_model(config: VlmConfig) -> tuple[nn.Module, int]:
+def _vision_language_model(config: VlmConfig, way_out: str = "") -> tuple[nn.ModuleDict, int]:
     """The parts under the names that rules match, and the tokens of a picture."""
     tower = describe_tower(config.tower)
     with torch.device("meta"):
-        llm = _language_model(config)
+        llm = _language_model(config, way_out)
         projector = build_projector(
-            config.projector, tower.hidden_size, embedding_width(llm), token_grid(tower)
+            with_vocabulary(config.projector, llm), tower.hidden_size, embedding_width(llm), token_grid(tower)
         )
     parts = nn.ModuleDict({"vision_tower": tower, "projector": projector, "llm": llm})
     return parts, projector.tokens_out(token_grid(tower))
 
 
-def _language_model(config: VlmConfig) -> nn.Module:
+def _language_model(config: VlmConfig, way_out: str) -> nn.Module:
     published = None if Path(config.llm).exists() else PUBLISHED_LLMS.get(config.llm)
     if published is not None:
         llm: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**published))
@@ -235,9 +263,7 @@ def _language_model(config: VlmConfig) -> nn.Module:
     try:
         return load_llm(config.llm, weights="none")
     except ConfigError as error:
-        raise ConfigError(
-            f"{error}\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
-        ) from error
+        raise ConfigError(f"{error}{way_out}") from error
 
 
 def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) -> tuple[PartPlan, ...]:

@@ -310,7 +310,7 @@ class Learner:
         return {
             "model": whole_state(self.model.state_dict()),
             "optimizer": optimizer_state(self.optimizer, dict(self.model.named_parameters())),
-            "progress": {"steps": self.schedule.last_epoch},
+            "progress": {"schedule": self.schedule.state_dict()},
         }
 
     @staticmethod
@@ -333,7 +333,7 @@ class Learner:
             raise ConfigError(f"{folder}: another model learnt there than in this config: {error}") from error
         kept = torch.load(folder / "optimizer.pt", map_location=self.ranks.device, weights_only=True)
         load_optimizer(self.optimizer, dict(self.model.named_parameters()), kept)
-        self.schedule.last_epoch = (
-            json.loads((folder / "progress.json").read_text(encoding="utf-8"))["steps"] - 1
-        )
-        self.schedule.step()
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.schedule.load_state_dict(progress["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr

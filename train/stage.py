@@ -34,6 +34,7 @@ from vlm_vision.train.optim import (
     warmup_steps,
 )
 from vlm_vision.train.pairs import EpochBatches, write_bad_list
+from vlm_vision.train.patch_cache import kept_features
 from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
@@ -55,6 +56,8 @@ def run_stage(
     run = Run(folder, stage, resume_step=start)
 
     _set_learning(model, stage)
+    if stage.data.feature_cache is not None:
+        data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
@@ -159,6 +162,8 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
             labels=piece.labels.to(engine.device),
             pixels=None if piece.pixels is None else piece.pixels.to(engine.device),
             label_count=label_count,
+            patches=None if piece.patches is None else piece.patches.to(engine.device),
+            text=None if piece.text is None else {k: v.to(engine.device) for k, v in piece.text.items()},
         )
         engine.backward(output.loss)
         total += output.loss.detach() / len(pieces)
@@ -190,17 +195,6 @@ def _micro_batch_size(stage: Stage, world: int) -> int:
 
 
 def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
-    context = getattr(model.llm.config, "max_position_embeddings", None)
-    if context is not None and stage.max_length > context:
-        raise ConfigError(
-            f"stage {stage.name!r}: max_length {stage.max_length} is more than the {context} positions "
-            "of the language model"
-        )
-    if model.tokens_per_image >= stage.max_length:
-        raise ConfigError(
-            f"stage {stage.name!r}: one picture takes {model.tokens_per_image} tokens, max_length is "
-            f"{stage.max_length}"
-        )
     config = stage.data
     conversations = Conversations(
         config.file,
@@ -215,6 +209,7 @@ def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
         model.vision_tower.image_processor,
         max_length=stage.max_length,
         too_long=config.too_long,
+        instructions=model.instructions,
     )
 
 

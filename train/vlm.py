@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_utils
 
 from vlm_vision.adapters.build import load_projector, save_projector
-from vlm_vision.adapters.config import Grid
+from vlm_vision.adapters.config import Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.adapters.qformer_config import QFormerTextConfig
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.files import whole_folder
 from vlm_vision.tower import VisionTower, resolve_folder
@@ -27,10 +28,13 @@ from vlm_vision.train.conversations import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_ID,
     ChatFormat,
+    Instructions,
     Turn,
+    stack_instructions,
 )
 
 MODEL_TYPE = "vlm_vision_language_model"
+TOKENIZER_FOLDER = "tokenizer"
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
 # Whether a mask [B,T] says which logits to keep; transformers 5.20, the last for Python 3.10, takes columns.
@@ -56,16 +60,24 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         vision_tower, projector, llm: the three parts; parameter names begin with these.
         tokenizer: the language model's, with the chat template that conversations are written by.
+        instructions: what a projector that reads text is given; None for others. Its tokenizer is
+            `text_tokenizer`, or the one that the projector's config names, or the language model's.
 
     Raises:
-        ConfigError: widths that do not fit, a tokenizer without chat template, or a tower whose pictures, and
-            so their tokens, are of no one size.
+        ConfigError: widths that do not fit, a tokenizer without chat template, one with more tokens than a
+            projector that reads text knows, or a tower whose pictures, and so their tokens, are of no one
+            size.
     """
 
     llm: Any
 
     def __init__(
-        self, vision_tower: VisionTower, projector: Projector, llm: nn.Module, tokenizer: Any
+        self,
+        vision_tower: VisionTower,
+        projector: Projector,
+        llm: nn.Module,
+        tokenizer: Any,
+        text_tokenizer: Any = None,
     ) -> None:
         super().__init__()
         vision_tower.image_processor.check_one_size("a vision-language model")
@@ -78,6 +90,7 @@ class VisionLanguageModel(nn.Module):
                 f"gives {vision_tower.hidden_size} and the language model takes {width}"
             )
         self.chat = ChatFormat(tokenizer, self.tokens_per_image)
+        self.instructions = _instructions(projector, text_tokenizer, tokenizer)
 
     @property
     def tokens_per_image(self) -> int:
@@ -100,6 +113,8 @@ class VisionLanguageModel(nn.Module):
         labels: Int[Tensor, "b t"] | None = None,
         pixels: Float[Tensor, "p 3 h w"] | None = None,
         label_count: float | None = None,
+        patches: Float[Tensor, "p n d"] | None = None,
+        text: Mapping[str, Tensor] | None = None,
     ) -> VlmOutput:
         """Next-token logits, and their loss where labels are given.
 
@@ -108,12 +123,15 @@ class VisionLanguageModel(nn.Module):
             pixels: the pictures of all rows in order.
             label_count: what the summed loss is divided by; by default the labels here. A batch that is split
                 over ranks and accumulation steps has one mean only with one count for all its pieces.
+            patches: what the tower makes of the pictures, where that is kept; then it is not run.
+            text: `text_ids` and `text_mask` [P,T] of the pictures, for a projector that reads text; see
+                `asked`.
 
         Raises:
             DataError: image tokens and pictures do not match.
         """
         inputs = {
-            "inputs_embeds": self.embed(input_ids, pixels),
+            "inputs_embeds": self.embed(input_ids, pixels, patches, text),
             "attention_mask": attention_mask,
             "use_cache": False,
         }
@@ -134,34 +152,62 @@ class VisionLanguageModel(nn.Module):
         logits = self.llm(**inputs, logits_to_keep=columns).logits
         return logits[keep[:, columns]]
 
-    def embed(self, input_ids: Int[Tensor, "b t"], pixels: Tensor | None) -> Float[Tensor, "b t l"]:
+    def embed(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        pixels: Tensor | None,
+        patches: Tensor | None = None,
+        text: Mapping[str, Tensor] | None = None,
+    ) -> Float[Tensor, "b t l"]:
         """Embeddings of text, with the tokens of pictures spliced in.
 
         While training, text alone runs a blank picture whose tokens count zero times: every rank then calls
-        the same modules in the same order, without which ZeRO's collectives would not pair up.
+        the same modules in the same order, without which ZeRO's collectives would not pair up. So where a
+        tower's features are kept, text alone comes with `patches` of no picture.
         """
         is_image = input_ids == IMAGE_TOKEN_ID
-        text = input_ids.masked_fill(is_image, 0)
-        embeddings: Tensor = self.llm.get_input_embeddings()(text)
-        slots, pictures = int(is_image.sum()), 0 if pixels is None else len(pixels)
+        embeddings: Tensor = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        given = pixels if patches is None else patches
+        slots, pictures = int(is_image.sum()), 0 if given is None else len(given)
         if slots != pictures * self.tokens_per_image:
             raise DataError(
                 f"{slots} image tokens in the text, but {pictures} pictures of {self.tokens_per_image} tokens"
             )
-        if pixels is not None and pictures:
-            tokens = self.image_tokens(pixels).to(embeddings.dtype)
-            return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens)
+        if pictures:
+            tokens = self.image_tokens(self._patches(pixels) if patches is None else patches, text)
+            return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeddings.dtype))
         if not self.training:
             return embeddings
-        settings = self.vision_tower.image_processor.config
-        blank = self.image_tokens(embeddings.new_zeros(1, 3, settings.height, settings.width))
-        return embeddings + 0 * blank.sum().to(embeddings.dtype)
+        if patches is None:
+            settings = self.vision_tower.image_processor.config
+            blank = self._patches(embeddings.new_zeros(1, 3, settings.height, settings.width))
+        else:
+            blank = patches.new_zeros(1, *patches.shape[1:])
+        if self.projector.reads_text:
+            text = {"text_ids": input_ids.new_zeros(1, 1)}
+        return embeddings + 0 * self.image_tokens(blank, text).sum().to(embeddings.dtype)
 
-    def image_tokens(self, pixels: Float[Tensor, "p 3 h w"]) -> Float[Tensor, "p m l"]:
-        """Tower and projector; a tower in which nothing learns builds no graph."""
+    def _patches(self, pixels: Any) -> Float[Tensor, "p n d"]:
+        """What the tower gives; one in which nothing learns builds no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.vision_tower)):
-            patches = self.vision_tower(pixels)
-        tokens: Tensor = self.projector(patches.to(next(self.projector.parameters()).dtype))
+            patches: Tensor = self.vision_tower(pixels)
+        return patches
+
+    def image_tokens(
+        self, patches: Float[Tensor, "p n d"], text: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "p m l"]:
+        """What the projector makes of the tower's patches, and of text if it reads that.
+
+        Raises:
+            ConfigError: text is missing, or given to a projector that reads none.
+        """
+        if (text is not None) != self.projector.reads_text:
+            raise ConfigError(
+                f"the projector {self.projector.config.name!r} reads "
+                + ("no text" if text is not None else "what is asked: give `text`, see forward")
+            )
+        inputs = self.projector.like_weights(patches)
+        tokens: Tensor = self.projector(inputs, token_grid(self.vision_tower), **(text or {}))
         return tokens
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -194,7 +240,8 @@ class VisionLanguageModel(nn.Module):
         if not prompts:
             return []
         paired = pixels is not None and len(pixels) == len(prompts)
-        rows = [self.chat.prompt(_as_turns(prompt, paired)) for prompt in prompts]
+        talks = [_as_turns(prompt, paired) for prompt in prompts]
+        rows = [self.chat.prompt(talk) for talk in talks]
         longest = max(map(len, rows))
         pad = self.chat.pad_id
         device = next(self.llm.parameters()).device
@@ -204,7 +251,9 @@ class VisionLanguageModel(nn.Module):
         self.eval()
         try:
             generated = self.llm.generate(
-                inputs_embeds=self.embed(input_ids, None if pixels is None else pixels.to(device)),
+                inputs_embeds=self.embed(
+                    input_ids, None if pixels is None else pixels.to(device), text=self.asked(talks)
+                ),
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
@@ -216,6 +265,18 @@ class VisionLanguageModel(nn.Module):
             self.train(was_training)
         answers = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+    def asked(self, talks: Sequence[Sequence[Turn]]) -> dict[str, Tensor] | None:
+        """The `text` of the pictures of some conversations; None where the projector reads none."""
+        rows = [
+            self.instructions(talk)
+            for talk in talks
+            for turn in talk
+            for _ in range(turn.text.count(IMAGE_TOKEN))
+            if self.instructions is not None
+        ]
+        device = next(self.llm.parameters()).device
+        return {name: value.to(device) for name, value in stack_instructions(rows).items()} if rows else None
 
     def save_pretrained(
         self,
@@ -238,6 +299,8 @@ class VisionLanguageModel(nn.Module):
                 self.vision_tower.save_pretrained(partial / "tower")
             if "projector" in parts:
                 save_projector(self.projector, partial / "projector")
+                if self.instructions is not None:
+                    self.instructions.tokenizer.save_pretrained(partial / "projector" / TOKENIZER_FOLDER)
             if "llm" in parts:
                 self.llm.save_pretrained(partial / "llm")
                 _check_saved(self.llm, partial / "llm")
@@ -262,6 +325,7 @@ class VisionLanguageModel(nn.Module):
             load_projector(folder / "projector", dtype=dtype),
             load_llm(folder / "llm", dtype=dtype),
             load_tokenizer(folder / "llm"),
+            load_text_tokenizer(folder / "projector"),
         )
         return model.eval()
 
@@ -329,6 +393,41 @@ def load_tokenizer(source: str | Path, chat_template: str | None = None) -> Any:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def with_vocabulary(projector: ProjectorConfig, llm: nn.Module) -> ProjectorConfig:
+    """A projector's config with the token ids that it is to know, where it reads text and does not say.
+
+    Raises:
+        ConfigError: the tokenizer that it names cannot be found.
+    """
+    if not isinstance(projector, QFormerTextConfig) or projector.vocab_size is not None:
+        return projector
+    if projector.tokenizer is not None:
+        words = len(load_tokenizer(projector.tokenizer))
+    else:
+        embeddings: Any = llm.get_input_embeddings()  # type: ignore[operator]
+        words = int(embeddings.num_embeddings)
+    return projector.model_copy(update={"vocab_size": words})
+
+
+def load_text_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved with a projector that reads text; None with others."""
+    return load_tokenizer(folder / TOKENIZER_FOLDER) if (folder / TOKENIZER_FOLDER).is_dir() else None
+
+
+def _instructions(projector: Projector, text_tokenizer: Any, llm_tokenizer: Any) -> Instructions | None:
+    config: Any = projector.config
+    if not projector.reads_text:
+        return None
+    if text_tokenizer is None:
+        text_tokenizer = llm_tokenizer if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    if len(text_tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"projector {config.name!r} knows {config.vocab_size} token ids, but the tokenizer of "
+            f"instructions has {len(text_tokenizer)}; name another by `tokenizer`, or leave vocab_size out"
+        )
+    return Instructions(text_tokenizer, config.max_text)
 
 
 def _make_saveable(llm: Any) -> None:

@@ -125,6 +125,29 @@ def _parsers() -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
     towers.add_argument("--match", default="*", metavar="GLOB", help="only models whose name matches")
     towers.add_argument("--table", metavar="FILE.md", help="a page to which verify adds what it finds")
 
+    projectors = command(
+        "projectors",
+        "list projectors: where they come from, tokens of a picture, parameters",
+        "",
+        "--in 1152 --out 3584 --grid 27x27",
+    )
+    projectors.add_argument(
+        "--in", dest="in_features", type=_positive, default=1024, help="channels of a patch (default: 1024)"
+    )
+    projectors.add_argument(
+        "--out",
+        dest="out_features",
+        type=_positive,
+        default=4096,
+        help="width of the language model (default: 4096)",
+    )
+    projectors.add_argument(
+        "--grid", type=_grid, default="24x24", metavar="ROWSxCOLUMNS", help="patches (default: %(default)s)"
+    )
+    projectors.add_argument(
+        "--markdown", action="store_true", help="the table of docs/projectors.md, with shapes and references"
+    )
+
     features = command(
         "features",
         "features of pictures: one safetensors file, or a folder of shards for a data set",
@@ -256,7 +279,14 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "configs/blip2_qformer.yaml -o runs/qformer data.path=pairs.csv",
         "my.yaml tower=runs/adapted/model bert=null tokenizer=my-llm --resume",
     )
-    for training in (contrastive, align, qformer):
+    compare = command(
+        "compare-projectors",
+        "train several projectors alike, on the same kept features, and plot what each buys and costs",
+        "configs/demo_projectors.yaml",
+        "my.yaml -o runs/projectors seeds=[0,1,2]",
+    )
+    compare.add_argument("--ranks", type=_positive, help="processes of a training (default: one per GPU)")
+    for training in (contrastive, align, compare, qformer):
         _add_config(training)
         training.add_argument(
             "-o", "--output", metavar="FOLDER", help="folder of the run (default: runs/CONFIG)"
@@ -427,6 +457,13 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
+
+
+def _grid(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be rows x columns, as 24x24, not {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _count(text: str) -> int:

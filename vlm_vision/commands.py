@@ -66,6 +66,24 @@ def towers(arguments: argparse.Namespace) -> None:
     _verify_towers(arguments, names)
 
 
+def projectors(arguments: argparse.Namespace) -> None:
+    from vlm_vision.adapters.catalogue import UNKNOWN, facts_table, list_facts
+
+    asked = arguments.in_features, arguments.out_features, arguments.grid
+    if arguments.markdown:
+        print(facts_table(*asked))
+        return
+    facts = list_facts(*asked)
+    width = max(len(projector.name) for projector in facts)
+    print(f"{'projector':{width}} {'tokens':>7} {'parameters':>14}  paper")
+    for name, paper, _, _, *counts, _ in facts:
+        tokens, parameters = (UNKNOWN if count is None else f"{count:,}" for count in counts)
+        print(f"{name:{width}} {tokens:>7} {parameters:>14}  {paper}")
+    for projector in facts:
+        if projector.remark:
+            print(projector.remark, file=sys.stderr)
+
+
 def _list_towers(source: str | None, match: str) -> None:
     from vlm_vision.catalogue import UNKNOWN, TowerFacts, list_towers
 
@@ -355,6 +373,20 @@ def qformer(arguments: argparse.Namespace) -> None:
     output = _run_folder(arguments)
     scores = train_representation(config, output, resume=arguments.resume)
     _print_scores({"": scores}, output, "projector")
+
+
+def compare_projectors(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train import compare_projectors as comparison
+    from vlm_vision.train.compare_config import CompareConfig
+
+    config = load_config(CompareConfig, arguments.config, arguments.overrides)
+    output = _run_folder(arguments)
+    compared = comparison.compare_projectors(config, output, ranks=arguments.ranks, resume=arguments.resume)
+    print()
+    for label, *figures in comparison.table(compared):
+        print(f"{label:24}" + "".join(f"{figure:>17}" for figure in figures))
+    print(f"report: {output / 'report.html'}")
 
 
 def chat(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,7 +73,7 @@ class Extraction(NamedTuple):
 @torch.inference_mode()
 def extract_features(
     tower: VisionTower,
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path] | Sequence[ListedPicture],
     folder: str | Path,
     *,
     tower_name: str = "",
@@ -88,7 +89,7 @@ def extract_features(
     Under torchrun every process calls this with the same arguments; the folder is one that all of them see.
 
     Args:
-        sources: picture files, folders and tars, as `list_pictures` takes them.
+        sources: picture files, folders and tars, as `list_pictures` takes them, or pictures it listed.
         tower_name: noted in the folder.
         pooled: image embeddings [E] in place of the selected tokens [N,D].
         batch_size: pictures at once; another one changes features by rounding alone, so may come midway.
@@ -110,7 +111,8 @@ def extract_features(
     device = ranks.device()
     weights = fingerprint(tower, repr(tower.image_processor.config))
     if ranks.rank == 0:
-        pictures = list_pictures(sources)
+        pictures = [source for source in sources if isinstance(source, ListedPicture)]
+        pictures = pictures or list_pictures(sources)  # type: ignore[arg-type]  # one or the other
         check_names(pictures)
         found = Manifest.read(folder) if (folder / MANIFEST_FILE).exists() else None
         if found is not None:
@@ -338,7 +340,10 @@ class _Ranks:
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         store: Store = HashStore()
-        if self.world > 1:
+        if dist.is_initialized():  # they have met; not every launcher lets them meet again
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            store = dist.distributed_c10d._get_default_store()
+        elif self.world > 1:
             try:
                 store, *_ = next(iter(rendezvous("env://", self.rank, self.world)))
             except ValueError as error:

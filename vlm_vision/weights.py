@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -26,11 +26,15 @@ SHARDS_SUFFIX = ".index.json"
 RANDOM_FILLS = ("normal_", "uniform_")
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
 
     A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors, an
     index of shards (`model.safetensors.index.json`) those of all its files.
+
+    Args:
+        wanted: which names to give, if not all; the rest of a safetensors file, and shards that hold none of
+            them, are not read.
 
     Raises:
         WeightsError: a file is missing, unreadable, or holds anything but tensors; shards that do not hold
@@ -40,10 +44,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
     if path.name.endswith(SHARDS_SUFFIX):
-        return _read_shards(path)
+        return _read_shards(path, wanted)
     if path.suffix == ".safetensors":
         try:
-            return dict(load_file(path))
+            if wanted is None:
+                return dict(load_file(path))
+            with safe_open(path, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in filter(wanted, tensors.keys())}
         except SafetensorError as error:
             raise WeightsError(f"{path}: not a complete safetensors file: {error}") from error
     try:
@@ -57,20 +64,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise WeightsError(f"{path}: must hold a mapping of names to tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    named = {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return {name: named[name] for name in named if wanted is None or wanted(name)}
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, wanted: Callable[[str], bool] | None) -> dict[str, Tensor]:
     try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{index}: has no `weight_map` of tensors to files: {error!r}") from error
+    shard_of = {name: listed[name] for name in listed if wanted is None or wanted(name)}
     state: dict[str, Tensor] = {}
     for name in sorted({str(name) for name in shard_of.values()}):
         shard = index.parent / name
         if not is_inside(str(shard.absolute().parent), os.path.realpath(index.parent)):
             raise WeightsError(f"{index}: {name!r} lies outside of its folder")
-        state |= read_state_dict(shard)
+        state |= read_state_dict(shard, wanted)
     strange = sorted(state.keys() ^ shard_of.keys())
     if strange:
         raise WeightsError(

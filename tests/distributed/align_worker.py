@@ -71,6 +71,9 @@ def main(folder: Path, output: Path) -> None:
 
     for zero_stage in (0, 1, 2, 3):
         run(f"zero{zero_stage}", zero_stage)
+    files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(output / "kept")}
+    run("kept3", 3, data=files, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
+    run("frozen3", 3, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
     for zero_stage in (2, 3):
         name = f"saved{zero_stage}"
         run(name, zero_stage, save_every=STEPS // 2)

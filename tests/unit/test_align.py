@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,28 @@ def test_what_cannot_work_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
+    ("stage", "model", "said"),
+    [
+        ({}, {"projector": {"name": "token_packer", "levels": 1, "scale": 3}}, "sides that fit: 1, 2, 4"),
+        ({}, {"projector": {"name": "token_packer", "levels": 5}}, "64 channels are no 5 layers"),
+        ({}, {"projector": {"name": "qformer", "num_queries": 64}}, "takes 64 tokens, max_length is 64"),
+        ({"max_length": 500}, {}, "max_length 500 is more than the 128 positions"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    data: Path, tmp_path: Path, stage: dict[str, Any], model: Any, said: str
+) -> None:
+    """Neither the tower nor the language model has any here."""
+    for part in ("tower", "llm"):
+        shutil.copytree(data / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    parts = {"tower": str(tmp_path / "tower"), "llm": str(tmp_path / "llm"), **model}
+    with pytest.raises(ConfigError) as error:
+        align(config(data, {"learn": PROJECTOR}, {"learn": PROJECTOR, **stage}, **parts), tmp_path / "run")
+    assert said in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("stage", "said"),
     [
         ({"epochs": 2}, "give the length of the stage once"),
@@ -245,6 +268,24 @@ def test_wrong_settings_are_refused(data: Path, stage: dict[str, Any], said: str
     with pytest.raises(ConfigError) as error:
         config(data, {"learn": PROJECTOR, **stage})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_an_instruction_aware_projector_learns_in_stages_and_answers(
+    zero_stage: int, data: Path, tmp_path: Path
+) -> None:
+    """Pictures and texts of several lengths, and text alone; the tokenizer goes along from stage to stage."""
+    projector = {"name": "qformer_text", "layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 4}
+    tiny_llm(tmp_path / "words")
+    stages = ({"learn": PROJECTOR}, {"learn": EVERYTHING_BUT_TOWER, "steps": 30, "zero_stage": zero_stage})
+    named = config(data, *stages, projector={**projector, "tokenizer": str(tmp_path / "words")})
+    figures = align(named, tmp_path / "run")
+    assert figures["stage2"]["loss"] < losses(tmp_path / "run" / "stage1")[0]
+    shutil.rmtree(tmp_path / "words")
+    model = VisionLanguageModel.from_pretrained(tmp_path / "run" / "model")
+    assert model.projector.config.vocab_size == len(model.tokenizer)  # type: ignore[attr-defined]
+    answers = answer_questions(model, Conversations(data / "train.json", data / "images"))
+    assert vqa_accuracy(answers)["all"] > 0.5
 
 
 def test_random_language_model_only_when_asked_for(data: Path, tmp_path: Path) -> None:

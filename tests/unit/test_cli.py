@@ -23,6 +23,7 @@ from vlm_vision.train.vlm import VisionLanguageModel, load_llm
 COMMANDS = (
     "demo",
     "towers",
+    "projectors",
     "features",
     "export",
     "contrastive",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,9 @@ def test_a_resumed_run_is_bit_equal(
     assert not (killed / "model").exists()
     assert len(curve(killed, "step")) == at + 1
     torch.manual_seed(99)  # nothing depends on the state that a new process starts with
-    train_contrastive(config(data, save_every=at, **after), killed, resume=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lr_scheduler")
+        train_contrastive(config(data, save_every=at, **after), killed, resume=True)
     assert same(weights(killed), weights(through))
     columns = ("step", "loss", "grad_norm", "lr", "logit_scale", "accuracy")
     assert curve(killed, *columns) == curve(through, *columns)

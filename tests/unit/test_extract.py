@@ -340,6 +340,7 @@ def test_what_cannot_be_is_refused(pictures: Path, tmp_path: Path) -> None:
 def test_several_processes_need_a_launcher_and_a_folder(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -75,9 +75,12 @@ def test_the_fields_of_another_projector_are_planned(tmp_path: Any) -> None:
 
 
 def test_a_plan_touches_no_weights(tmp_path: Any) -> None:
-    llm = tiny_llm(tmp_path / "llm")
+    llm = tiny_llm(tmp_path / "llm", max_position_embeddings=1024)
     (llm / "model.safetensors").unlink()
-    plan = plan_align(align_config(llm, "model.tower=open_clip:ViT-L-14-336-quickgelu@openai"))
+    tower = "model.tower=open_clip:ViT-L-14-336-quickgelu@openai"
+    plan = plan_align(align_config(llm, tower, "stages.0.max_length=1024"))
+    with pytest.raises(ConfigError, match="stage 'one': one picture takes 576 tokens, max_length is 64"):
+        plan_align(align_config(llm, tower))
     assert plan.stages[0].parts[0].parameters == 290_909_184
 
 

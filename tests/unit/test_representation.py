@@ -406,10 +406,10 @@ def test_align_takes_it(tmp_path: Path) -> None:
         },
     )
     vlm = build_model(config.model, config.stages[0], {}).eval()
-    pixels = torch.randn(2, 3, 32, 32)
+    patches = tower(torch.randn(2, 3, 32, 32))
     with torch.no_grad():
-        queries = prepared.queries(vlm.vision_tower(pixels))
-        assert torch.equal(vlm.image_tokens(pixels), vlm.projector.language_projection(queries))  # type: ignore[operator]
+        expected = vlm.projector.language_projection(prepared.queries(patches))  # type: ignore[operator]
+        assert torch.equal(vlm.projector(patches), expected)
 
 
 # --- Scores and config

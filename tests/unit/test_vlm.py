@@ -62,7 +62,7 @@ def test_splice_puts_every_picture_where_its_tokens_stand(
     batch = batch_of(model, conversations, 0, 6, 1)  # picture, text, picture
     embeddings = model.embed(batch.input_ids, batch.pixels)
     assert batch.pixels is not None
-    pictures = iter(model.image_tokens(batch.pixels))
+    pictures = iter(model.image_tokens(model.vision_tower(batch.pixels)))
     table = model.llm.get_input_embeddings().weight
     for row, ids in zip(embeddings, batch.input_ids.tolist(), strict=True):
         tokens = iter(next(pictures)) if -200 in ids else iter(())
@@ -267,6 +267,74 @@ def test_training_mode_comes_back_after_generating(model: VisionLanguageModel) -
     model.train()
     model.generate(None, ["what ?"], 2)
     assert model.training
+
+
+# ---- projectors that read what is asked
+
+READER = {"name": "qformer_text", "layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 4}
+
+
+def reader(folder: Path, **options: object) -> VisionLanguageModel:
+    return build(folder, {**READER, "vocab_size": len(tiny_tokenizer()), **options})
+
+
+def test_a_picture_is_seen_with_what_is_asked_about_it(folder: Path, conversations: Conversations) -> None:
+    """In a batch with text alone, and for every picture of a conversation, without the marks of pictures."""
+    model = reader(folder)
+    processor = model.vision_tower.image_processor
+    data = ConversationDataset(
+        conversations, model.chat, processor, max_length=64, instructions=model.instructions
+    )
+    batch = collate([data[0], data[6], data[1]], model.chat.pad_id)
+    assert batch.text is not None
+    assert batch.text["text_ids"].shape == (2, 5)
+    assert model.tokenizer.decode(batch.text["text_ids"][1]) == "what colour is it ?"
+    assert collate([data[6]], model.chat.pad_id).text is None
+    two = Turn("user", "<image> what ? <image>"), Turn("assistant", "red"), Turn("user", "the colour ?")
+    long, short = [*two], [Turn("user", "<image>\nx")]
+    text = model.asked([long, short])
+    assert text is not None
+    asked = [model.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*text.values(), strict=True)]
+    assert asked == ["what ? \n the colour ?"] * 2 + ["x"]
+    loss = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels, text=batch.text).loss
+    other = {**batch.text, "text_ids": batch.text["text_ids"].flip(1)}
+    again = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels, text=other).loss
+    assert loss != again
+    model.train()
+    alone = collate([data[6]], model.chat.pad_id)
+    model(alone.input_ids, alone.attention_mask, alone.labels).loss.backward()
+    assert all(
+        parameter.grad is not None for parameter in model.projector.parameters() if parameter.ndim == 3
+    )
+
+
+def test_answers_follow_what_training_saw(folder: Path, conversations: Conversations, tmp_path: Path) -> None:
+    model = reader(folder)
+    pixels = model.vision_tower.image_processor(conversations.pictures(conversations[0]))
+    question = [Turn("user", "<image>\nwhat colour is it ?")]
+    inputs = torch.tensor([model.chat.prompt(question)])
+    text = model.asked([question])
+    logits = model(inputs, torch.ones_like(inputs), pixels=pixels, text=text).logits[0, -1]
+    expected = model.tokenizer.decode(logits.argmax(), skip_special_tokens=True).strip()
+    assert model.generate(pixels, [question], 1) == [expected]
+    model.save_pretrained(tmp_path)
+    loaded = VisionLanguageModel.from_pretrained(tmp_path)
+    assert loaded.generate(pixels, [question], 4) == model.generate(pixels, [question], 4)
+    three = torch.cat([pixels, pixels, pixels])
+    prompts = ["what ?", "what colour is it ?", ""]
+    together = model.generate(three, prompts, 4)
+    assert together == [model.generate(pixels, [prompt], 4)[0] for prompt in prompts]
+
+
+def test_text_where_none_is_read_and_none_where_it_is(folder: Path, model: VisionLanguageModel) -> None:
+    patches = torch.randn(1, 16, 64)
+    text = {"text_ids": torch.ones(1, 2, dtype=torch.long)}
+    with pytest.raises(ConfigError, match="'mlp' reads no text"):
+        model.image_tokens(patches, text)
+    with pytest.raises(ConfigError, match="'qformer_text' reads what is asked: give `text`"):
+        reader(folder).image_tokens(patches)
+    with pytest.raises(ConfigError, match=r"knows 5 token ids, but the tokenizer of instructions has 23"):
+        reader(folder, vocab_size=5)
 
 
 # ---- saving
