@@ -33,7 +33,7 @@ class VlmConfig(Config):
         projector_weights: a projector's folder, a safetensors file, or LLaVA's `mm_projector.bin`.
         llm: folder or hub id of a causal language model of transformers.
         llm_weights: `none` builds the language model from its config, with random weights.
-        chat_template: a .jinja file, in place of the tokenizer's own template.
+        chat_template: a name (plain, v1, llama_2, chatml, qwen) or a .jinja file, in place of the tokenizer's.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
@@ -77,7 +77,7 @@ class Stage(Config):
         name: of the stage and its folder.
         learn: rules over parameter names, which begin with `vision_tower.`, `projector.` or `llm.`.
         lora: settings of the adapters that rules with `learn: lora` put on.
-        chat_template: a .jinja file for this stage alone.
+        chat_template: a name or a .jinja file for this stage alone.
         lr: peak learning rate.
         warmup: share of the steps with linear warm-up; a cosine to 0 follows.
         epochs, steps: length; one of them.

@@ -7,7 +7,6 @@ A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "
 from __future__ import annotations
 
 import codecs
-import copy
 import json
 import os
 from array import array
@@ -18,43 +17,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.errors import DataError
 from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.files import is_inside
 from vlm_vision.picture_list import ListedPicture
 from vlm_vision.preprocess import ImageProcessor, open_image
+from vlm_vision.train.chat_format import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    ChatFormat,
+    Encoded,
+    Instructions,
+    Turn,
+    read_template,
+    stack_instructions,
+)
 
-IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = -200
-"""Stands for one image token in `input_ids`; LLaVA's IMAGE_TOKEN_INDEX, outside every vocabulary."""
-IGNORE_INDEX = -100
-"""Label of a token that the loss leaves out."""
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TOKEN",
+    "IMAGE_TOKEN_ID",
+    "Batch",
+    "ChatFormat",
+    "ConversationDataset",
+    "Conversations",
+    "Encoded",
+    "Instructions",
+    "Record",
+    "Sample",
+    "Turn",
+    "collate",
+    "parse_record",
+    "read_template",
+    "separate_questions",
+    "stack_instructions",
+]
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _CHUNK = 1 << 20
 _KEPT = 2000  # encoded conversations
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side says; `kind` is an answer's optional `type`, by which evaluation splits its figures."""
-
-    role: str
-    text: str
-    kind: str | None = None
-
-    @property
-    def words(self) -> str:
-        """The text without the marks of pictures."""
-        return self.text.replace(IMAGE_TOKEN, "").strip()
 
 
 @dataclass(frozen=True)
@@ -281,189 +289,6 @@ def _scan_list(path: Path) -> Iterator[tuple[int, int, Any]]:
             size = len(text[at:end].encode())
             yield byte, size, raw
             byte, at, count = byte + size, end, count + 1
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids with IMAGE_TOKEN_ID for image tokens, labels with IGNORE_INDEX where nothing is learnt."""
-
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool = False
-
-
-class ChatFormat:
-    """Turns conversations into tokens by a tokenizer's chat template.
-
-    Args:
-        tokenizer: any fast tokenizer of transformers; it is left as it is.
-        tokens_per_image: image tokens that one `<image>` stands for.
-        chat_template: text of a template to use in place of the tokenizer's own.
-
-    Raises:
-        ConfigError: no chat template, or a tokenizer that cannot tell where in the text its tokens lie.
-    """
-
-    def __init__(self, tokenizer: Any, tokens_per_image: int, chat_template: str | None = None) -> None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.is_fast:
-            raise ConfigError(
-                f"tokenizer {name!r} gives no offsets: a fast tokenizer (tokenizer.json) is needed"
-            )
-        if not (chat_template or tokenizer.chat_template):
-            raise ConfigError(
-                f"tokenizer {name!r} has no chat template: name one by `chat_template`, for example "
-                "configs/chat_templates/vicuna_v1.jinja for a Vicuna"
-            )
-        # The mark becomes a token of a private copy, so that it is cut out cleanly; no vocabulary grows.
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-        if chat_template:
-            self.tokenizer.chat_template = chat_template
-        self.name = name
-        self.tokens_per_image = tokens_per_image
-        self._mark = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._special = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
-
-    @property
-    def pad_id(self) -> int:
-        """What fills up short rows; always masked, so any token does where there is no padding token."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the end-of-text token and what the template writes after an answer."""
-        answer = "x"
-        ending = self._render([Turn("user", answer), Turn("assistant", answer)]).rpartition(answer)[2]
-        ids = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
-        turn_end = [token for token in ids if token in self._special][:1] or ids[:1]
-        end_of_text = self.tokenizer.eos_token_id
-        return sorted({*turn_end, *([] if end_of_text is None else [end_of_text])})
-
-    def encode(
-        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
-    ) -> Encoded:
-        """Tokens of a whole conversation; its answers, each with its end-of-turn token, are the labels.
-
-        Rendering up to and through every answer shows where in the text it lies. The text is tokenized only
-        as a whole, and a token is a label when it holds a character of an answer.
-
-        Raises:
-            ConfigError: the template writes a turn differently when more follows.
-            DataError: too long, or no label left.
-        """
-        text = self._render(turns)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        learnt = np.zeros(len(starts), dtype=bool)
-        for first, last in self._answers(turns, text):
-            learnt |= (ends > first) & (starts < last)
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        labels = np.where(learnt, ids, IGNORE_INDEX)
-        ids, labels = self._expand(ids, labels)
-        if len(ids) <= max_length:
-            return self._with_labels(Encoded(ids.tolist(), labels.tolist()))
-        if too_long == "refuse":
-            raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
-        if (ids[max_length:] == IMAGE_TOKEN_ID).any():
-            raise DataError(f"max_length {max_length} would cut off a picture: {len(ids)} tokens")
-        return self._with_labels(
-            Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), truncated=True)
-        )
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens up to where an answer is to begin."""
-        text = self._render(turns, add_generation_prompt=True)
-        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        return list(self._expand(ids, ids)[0].tolist())
-
-    def _answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
-        """First and last character of every answer with its end of turn."""
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._render(turns[:index], add_generation_prompt=True)
-            through = text if index + 1 == len(turns) else self._render(turns[: index + 1])
-            if not (through.startswith(before) and text.startswith(through)):
-                raise ConfigError(
-                    f"the chat template of {self.name!r} writes turn {index} differently once more "
-                    "turns follow, so answers cannot be told from questions; name another by `chat_template`"
-                )
-            yield len(before), len(self._without_layout(through))
-
-    def _without_layout(self, text: str) -> str:
-        """The text without white space after a closing special token, which is layout."""
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(tuple(self._special.values())) else text
-
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        messages = [{"role": turn.role, "content": _picture_first(turn.text)} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {self.name!r} refuses a conversation: {error}"
-            ) from error
-        return str(text)
-
-    def _expand(self, ids: Any, labels: Any) -> tuple[Any, Any]:
-        """Every mark becomes `tokens_per_image` image tokens."""
-        marks = ids == self._mark
-        repeats = np.where(marks, self.tokens_per_image, 1)
-        ids, labels = np.where(marks, IMAGE_TOKEN_ID, ids), np.where(marks, IGNORE_INDEX, labels)
-        return np.repeat(ids, repeats), np.repeat(labels, repeats)
-
-    @staticmethod
-    def _with_labels(encoded: Encoded) -> Encoded:
-        if all(label == IGNORE_INDEX for label in encoded.labels[1:]):  # the first token is never predicted
-            raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
-        return encoded
-
-
-class Instructions:
-    """What is asked about a picture, as the tokens that an instruction-aware projector reads.
-
-    Args:
-        tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.
-        max_length: tokens that are kept.
-    """
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-
-    def __call__(self, turns: Sequence[Turn]) -> Tensor:
-        """Tokens [T] of the user's turns without the marks of pictures; one at least, whatever it is."""
-        asked = "\n".join(turn.words for turn in turns if turn.role == "user")
-        ids = self.tokenizer(asked, truncation=True, max_length=self.max_length)["input_ids"]
-        return torch.tensor(ids or [0])
-
-
-def stack_instructions(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`text_ids` and `text_mask` [P,T] of the instruction of each picture."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = pad_sequence(list(rows), batch_first=True)
-    return {"text_ids": ids, "text_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-
-def read_template(path: str | Path) -> str:
-    """Text of a chat template.
-
-    Raises:
-        ConfigError: no such file.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"chat_template {str(path)!r} cannot be read: {error}") from error
-
-
-def _picture_first(text: str) -> str:
-    """A turn's only picture goes before its words, as LLaVA trains (`train.py`, `preprocess_multimodal`)."""
-    if text.count(IMAGE_TOKEN) != 1:
-        return text
-    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 
 @dataclass(frozen=True)
