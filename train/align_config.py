@@ -33,7 +33,7 @@ class VlmConfig(Config):
         projector_weights: a projector's folder, a safetensors file, or LLaVA's `mm_projector.bin`.
         llm: folder or hub id of a causal language model of transformers.
         llm_weights: `none` builds the language model from its config, with random weights.
-        chat_template: a name (plain, v1, llama_2, chatml, qwen) or a .jinja file, in place of the tokenizer's.
+        chat_template: plain, v1, llama_2, chatml, qwen, or a .jinja file, in place of the tokenizer's own.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
