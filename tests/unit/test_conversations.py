@@ -179,7 +179,7 @@ def test_text_beyond_max_length_is_cut_and_pictures_never() -> None:
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "pretty.json"])
 def test_lists_and_lines_read_alike(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_vision.train.conversations._CHUNK", 7)  # records and characters span many pieces
+    monkeypatch.setattr("vlm_vision.train.record_files._CHUNK", 7)  # records and characters span many pieces
     records = [record(id=f"é{n}", image=f"{n}.png") for n in range(4)]
     text = {
         "data.json": json.dumps(records, ensure_ascii=False),
