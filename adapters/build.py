@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vlm_vision.adapters.config import PROJECTORS, BuildArguments, Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
-from vlm_vision.adapters.projector_keys import load_projector_weights
+from vlm_vision.adapters.projector_keys import load_projector_weights, read_description
 from vlm_vision.config import validate
 from vlm_vision.errors import WeightsError
 from vlm_vision.weights import check_whole
@@ -53,14 +54,35 @@ def save_projector(projector: Projector, folder: str | Path) -> None:
     Raises:
         WeightsError: as `check_whole`.
     """
-    folder, state = Path(folder), projector.state_dict()
+    widths = projector.in_features, projector.out_features
+    write_projector(folder, projector.state_dict(), projector.config, *widths, projector.grid)
+
+
+def write_projector(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: ProjectorConfig,
+    in_features: int,
+    out_features: int | None,
+    grid: Grid,
+) -> None:
+    """As `save_projector`, from weights alone.
+
+    Args:
+        out_features: None where no language model is chosen yet, and the projector's `output_layer` is not
+            made: `load_projector_weights` leaves it as it is in the projector that is filled.
+
+    Raises:
+        WeightsError: as `check_whole`.
+    """
+    folder = Path(folder)
     check_whole(state, f"{folder} is not written")
     folder.mkdir(parents=True, exist_ok=True)
     description = {
-        "projector": projector.config.model_dump(mode="json"),
-        "in_features": projector.in_features,
-        "out_features": projector.out_features,
-        "grid": list(projector.grid),
+        "projector": config.model_dump(mode="json"),
+        "in_features": in_features,
+        "out_features": out_features,
+        "grid": list(grid),
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -70,10 +92,9 @@ def save_projector(projector: Projector, folder: str | Path) -> None:
 def is_saved_projector(folder: str | Path) -> bool:
     """Whether a folder is one of `save_projector`."""
     try:
-        description = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "projector" in read_description(Path(folder))
+    except WeightsError:
         return False
-    return isinstance(description, dict) and "projector" in description
 
 
 def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> Projector:
@@ -84,12 +105,13 @@ def load_projector(folder: str | Path, *, dtype: torch.dtype | None = None) -> P
         ConfigError: a config that this version does not know.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
-    arguments = validate(BuildArguments, description, str(path))
+    description = read_description(folder)
+    if description.get("out_features", 0) is None:
+        raise WeightsError(
+            f"{folder} holds a projector without the layer to a language model, which no one has chosen yet: "
+            "give it to `align` as model.projector_weights, or build a projector and load_projector_weights"
+        )
+    arguments = validate(BuildArguments, description, str(folder / "config.json"))
     projector = arguments.projector.build(arguments.in_features, arguments.out_features, arguments.grid)
     load_projector_weights(projector, folder)
     return projector if dtype is None else projector.to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,9 +24,12 @@ class Projector(nn.Module):
         in_features, out_features: widths D of a patch and L of a token.
         grid: patches of one picture as (rows, columns).
         reads_text: whether a picture's instruction goes in too, as `text_ids` and `text_mask`, both [B,T].
+        output_layer: the layer whose width is the language model's, where training that knows no language
+            model leaves it to be made; None where there is no such training.
     """
 
     reads_text: bool = False
+    output_layer: ClassVar[str | None] = None
     config: ProjectorConfig
     in_features: int
     out_features: int

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.errors import WeightsError
-from vlm_vision.weights import SHARDS_SUFFIX, find_weights_file, read_state_dict
+from vlm_vision.weights import find_weights_file, read_state_dict
 
 # Where a whole model holds its projector; what lies elsewhere in a file that has it belongs to other parts.
 HOLDER = re.compile(
@@ -47,6 +49,8 @@ class Layout:
 LAYOUTS = (
     Layout("LLaVA-NeXT", "pool", (("", "mlp."),)),
     Layout("LLaVA-NeXT", "spatial_pool", (("vision_resampler.pool.", "pool."), ("", "mlp."))),
+    Layout("LLaVA-NeXT", "perceiver_resampler", (("vision_resampler.", ""), ("", "projection."))),
+    Layout("TinyLLaVA", "perceiver_resampler", (("linear.", "projection."), ("", "perceiver."))),
     Layout("Prismatic", "linear", (("projector.", ""),)),
     Layout("Prismatic", "mlp", (("projector.", ""),)),
     Layout("Prismatic", "fused_gelu_mlp", (("projector.", ""),)),
@@ -71,20 +75,33 @@ def load_projector_weights(projector: Projector, source: str | Path | Mapping[st
     """Fill a projector with weights saved here, or by the project that it comes from; every tensor once.
 
     Of a whole model's weights the projector's are taken. Names are those of LLaVA, LLaVA-NeXT, TinyLLaVA,
-    MobileVLM, VILA, Prismatic, nanoVLM, Honeybee or InternVL, whichever fit.
+    MobileVLM, VILA, Prismatic, nanoVLM, Honeybee, InternVL or TokenPacker, whichever fit.
 
     Args:
         source: a file (`mm_projector.bin`, safetensors), a folder, or tensors by name.
 
+    A folder whose `config.json` says that no language model was chosen (`out_features` null) has no weights
+    of the layer to it (`output_layer`), which stays as it is in the projector; see `write_projector`.
+
     Raises:
         WeightsError: lists every missing, unexpected and misshapen tensor; the projector is left as it was.
     """
-    origin = "what was given" if isinstance(source, Mapping) else str(source)
-    fill(projector, projector_state(source), origin)
+    if isinstance(source, Mapping):
+        fill(projector, projector_state(source), "what was given")
+        return
+    folder, lacks_output = Path(source), False
+    if (folder / "config.json").is_file():
+        lacks_output = read_description(folder).get("out_features", 0) is None
+    fill(projector, projector_state(source), str(source), lacks_output=lacks_output)
 
 
-def fill(projector: Projector, state: Mapping[str, Tensor], origin: str) -> None:
+def fill(
+    projector: Projector, state: Mapping[str, Tensor], origin: str, *, lacks_output: bool = False
+) -> None:
     """Load what `projector_state` gave.
+
+    Args:
+        lacks_output: the projector's `output_layer` is not there, and stays as it is.
 
     Raises:
         WeightsError: as `load_projector_weights`.
@@ -93,6 +110,9 @@ def fill(projector: Projector, state: Mapping[str, Tensor], origin: str) -> None
     layouts = [layout for layout in LAYOUTS if layout.projector == projector.config.name]
     named = [dict(state), *(layout.ours(state) for layout in layouts)]
     state = max(named, key=lambda state: len(state.keys() & expected.keys()))
+    if lacks_output:
+        own = {name: expected[name] for name in expected if name.startswith(f"{projector.output_layer}.")}
+        expected = {name: tensor for name, tensor in expected.items() if name not in own}
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     problems += [
@@ -105,7 +125,7 @@ def fill(projector: Projector, state: Mapping[str, Tensor], origin: str) -> None
             f"{origin} does not fit the projector {projector.config.name!r} "
             f"({projector.in_features} -> {projector.out_features}): {'; '.join(sorted(problems))}"
         )
-    projector.load_state_dict(state)
+    projector.load_state_dict({**projector.state_dict(), **state})
 
 
 def projector_state(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,15 +137,25 @@ def projector_state(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         WeightsError: nothing is there, or it cannot be read.
     """
-    if isinstance(source, Mapping):
-        state = source
-    else:
-        path = weights_file(source)
-        state = read_state_dict(path, of_a_projector if path.name.endswith(SHARDS_SUFFIX) else None)
+    state = source if isinstance(source, Mapping) else read_state_dict(weights_file(source), of_a_projector)
     held = {name: HOLDER.search(name) for name in state}
     if not any(held.values()):
         return dict(state)
     return {name[found.end() :]: state[name] for name, found in held.items() if found}
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a projector's folder says.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    path = folder / "config.json"
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no projector: {path.name} cannot be read ({error})") from error
+    return description
 
 
 def weights_file(source: str | Path) -> Path:

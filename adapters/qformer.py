@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -24,22 +26,13 @@ class QFormerProjector(Projector):
     Queries start as N(0, 0.02), as LAVIS initialises them (`blip2_models/blip2.py`, `init_Qformer`).
     """
 
+    output_layer = "language_projection"
+
     def __init__(self, config: QFormerConfig, in_features: int, out_features: int, grid: Grid) -> None:
         super().__init__(config, in_features, out_features, grid)
         hidden = config.hidden_size
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, hidden))
-        self.qformer = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=hidden,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * hidden,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                cross_attention_frequency=config.cross_attention_frequency,
-                encoder_hidden_size=in_features,
-            )
-        )
+        self.qformer = Blip2QFormerModel(library_config(config, in_features))
         self.language_projection = nn.Linear(hidden, out_features)
 
     def forward(self, patches: Float[Tensor, "b n d"], grid: Grid | None = None) -> Float[Tensor, "b m l"]:
@@ -66,16 +59,9 @@ class QFormerTextProjector(Projector):
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, config.num_queries, hidden))
         self.qformer = InstructBlipQFormerModel(
             InstructBlipQFormerConfig(
+                **_shared_options(config, in_features),
                 vocab_size=vocab_size,
-                hidden_size=hidden,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * hidden,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
                 max_position_embeddings=config.max_text,
-                cross_attention_frequency=config.cross_attention_frequency,
-                encoder_hidden_size=in_features,
                 pad_token_id=None,  # id 0 may be a word of the language model's tokenizer
             )
         )
@@ -116,3 +102,21 @@ class QFormerTextProjector(Projector):
         ).last_hidden_state
         tokens: Tensor = self.language_projection(hidden[:, : queries.shape[1]])
         return tokens
+
+
+def library_config(config: QFormerConfig, in_features: int, **text: Any) -> Blip2QFormerConfig:
+    """The config of transformers' Q-Former for D `in_features`; `text` sets what reads text as well."""
+    return Blip2QFormerConfig(**_shared_options(config, in_features), **text)
+
+
+def _shared_options(config: QFormerConfig, in_features: int) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.hidden_size,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "cross_attention_frequency": config.cross_attention_frequency,
+        "encoder_hidden_size": in_features,
+    }

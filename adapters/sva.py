@@ -16,7 +16,7 @@ from vlm_vision.adapters.sva_config import SvaConfig
 
 
 class SpatialVisionAggregator(Projector):
-    """[B,N,D] -> [B,N/regions[0]²,L]. Keys as in Cambrian's model, without `image_newline`.
+    """[B,N,D] -> [B,N/regions[0]²,L]. Keys as in Cambrian's model, with `projection` for its `mm_projector`.
 
     Starts as there: queries N(0, 1/width), positions in a region N(0, 1), the rest as torch does.
     """
@@ -35,7 +35,7 @@ class SpatialVisionAggregator(Projector):
         for number, side in enumerate(config.regions):
             self.add_module(f"vision_sampler_{number}", Sampler(config, len(self.towers), side))
         self.vision_query = nn.Parameter(torch.randn(groups, width) * width**-0.5)
-        self.mm_projector = nn.Sequential(
+        self.projection = nn.Sequential(
             nn.Linear(groups * width, out_features), nn.GELU(), nn.Linear(out_features, out_features)
         )
 
@@ -67,7 +67,7 @@ class SpatialVisionAggregator(Projector):
             if coarse != final:
                 plane = interpolate(plane.float(), size=final, mode="bilinear").to(plane.dtype)
             groups.append(rearrange(plane, "b d h w -> b (h w) d"))
-        tokens: Tensor = self.mm_projector(torch.cat(groups, dim=-1))
+        tokens: Tensor = self.projection(torch.cat(groups, dim=-1))
         return tokens
 
 

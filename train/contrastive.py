@@ -119,7 +119,7 @@ def _train(
     """Every step from `start` on; gives the last loss."""
     config, model, total_steps = learner.config, learner.objective.model, learner.total_steps
     bad = BadSamples(run.folder / BAD_FILE, pairs, is_main=run.is_main)
-    meter, best = _Meter(config.batch_size), best_score(run, config)
+    meter, best = Meter(config.batch_size), best_score(run, config)
     learner.train_mode()
     last_save = time.monotonic()
     with Terminated() as terminated, run.progress(total_steps, "contrastive", start=start) as bar:
@@ -258,7 +258,7 @@ def _with_replay(
 # --- What is told
 
 
-class _Meter:
+class Meter:
     """Counts and times between two lines of the log."""
 
     def __init__(self, batch_size: int) -> None:

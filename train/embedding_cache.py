@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlm_vision.backbone import Backbone
 from vlm_vision.dual_encoder import DualEncoder
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 
 
 class EmbeddingCache:
-    """What a frozen tower pools, before its projection, by the number of the sample; ranks share their own.
+    """What a frozen tower gives, by the number of the sample; ranks share their own.
 
     Held on the CPU: 1 GiB takes about 250,000 rows of 1,024 numbers.
+
+    Args:
+        features: of pixels [b,3,h,w], a tensor of each picture.
     """
 
-    def __init__(self, backbone: Backbone, world: int) -> None:
-        self._backbone, self._world = backbone, world
+    def __init__(self, features: Callable[[Tensor], Tensor], world: int) -> None:
+        self._features, self._world = features, world
         self._rows: dict[int, Tensor] = {}
 
     @classmethod
     def for_images(cls, model: DualEncoder, config: ContrastiveConfig, world: int) -> EmbeddingCache | None:
-        """One for pictures, if nothing but a projection learns in their tower, they are cropped alike, and no
-        other part of the loss reads them.
+        """What the tower pools before its projection, if nothing else learns in it, pictures are cropped
+        alike, and no other part of the loss reads them.
         """
         backbone = model.tower.backbone
         learning = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
@@ -34,18 +38,18 @@ class EmbeddingCache:
         is_split = config.parallel == "fsdp" and world > 1  # then parts cannot be called by themselves
         if learning - set(backbone.projection) or others or is_split or not config.augment.is_fixed:
             return None
-        return cls(backbone, world)
+        return cls(backbone.pooled_features, world)
 
     def embed(
         self,
         numbers: Int[Tensor, " b"],
         pixels: Float[Tensor, "b 3 h w"],
-    ) -> Float[Tensor, "b d"]:
+    ) -> Float[Tensor, "b ..."]:
         """Features of pictures, of which those whose number is new go through the tower."""
         new = [place for place, number in enumerate(numbers.tolist()) if number not in self._rows]
         if new:
             with torch.no_grad():
-                found = self._backbone.pooled_features(pixels[new]).float().cpu()
+                found = self._features(pixels[new]).float().cpu()
             for place, row in zip(new, found, strict=True):
                 self._rows[int(numbers[place])] = row
         embeddings = torch.stack([self._rows[number] for number in numbers.tolist()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from vlm_vision.train.benchmark_folder import BenchmarkFolder, is_benchmark_fold
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import PairsConfig
 from vlm_vision.train.validation_config import ZeroShotConfig
+
+T = TypeVar("T")
 
 BARE_NAME = ("{}",)
 
@@ -161,18 +163,18 @@ def picture_features(
 
 
 def in_shares(
-    texts: Sequence[str],
-    embed: Callable[[list[str]], Float[Tensor, "s e"]],
+    items: Sequence[T],
+    compute: Callable[[list[T]], Float[Tensor, "s e"]],
     device: torch.device,
     group: dist.ProcessGroup | None,
 ) -> Float[Tensor, "n e"]:
-    """Embeddings of texts, in order, on the CPU, of which each rank of a group computes its share.
+    """A row for each item, in order, on the CPU, of which each rank of a group computes its share.
 
     Args:
         device: where the ranks exchange them.
     """
-    some = [texts[index] for index in _share(len(texts), group)]
-    return _gathered(embed(some).to(device), len(texts), group).cpu()
+    some = [items[index] for index in _share(len(items), group)]
+    return _gathered(compute(some).to(device), len(items), group).cpu()
 
 
 def _decoded(

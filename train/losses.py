@@ -106,7 +106,7 @@ def distill_loss(
         (image, text, teacher_image, teacher_text),
         (text, image, teacher_text, teacher_image),
     ):
-        columns, their_columns = _gather(columns, group), _gather(their_columns, group)
+        columns, their_columns = gather_rows(columns, group), gather_rows(their_columns, group)
         for first in range(0, len(rows), size):
             tile = slice(first, first + size)
             total = total + checkpoint(
@@ -129,8 +129,8 @@ def _distilled(
     return cross_entropy(scale * rows @ columns.T, targets, reduction="sum")
 
 
-def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Rows of all ranks, as many from each."""
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rows of all ranks, as many from each; gradients come back summed over what all ranks say of a row."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return rows
     gathered: Tensor = _Gather.apply(rows, group)

@@ -102,9 +102,9 @@ def warmup_steps(total_steps: int, warmup: int = 200, share: float = 0.1) -> int
 
 
 def warmup_cosine(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup: int
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup: int, floor: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up then cosine to 0, as a factor on every group's own learning rate.
+    """Linear warm-up then cosine to `floor`, as a factor on every group's own learning rate.
 
     Same values as open_clip's `cosine_lr` (`open_clip_train/scheduler.py`), which sets one rate for all.
     """
@@ -113,7 +113,7 @@ def warmup_cosine(
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, total_steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

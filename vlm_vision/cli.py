@@ -280,7 +280,13 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "my.yaml -o runs/projectors seeds=[0,1,2]",
     )
     compare.add_argument("--ranks", type=_positive, help="processes of a training (default: one per GPU)")
-    for training in (contrastive, align, compare):
+    qformer = command(
+        "qformer",
+        "teach a Q-Former what to read of a frozen tower, before it is aligned with an LLM",
+        "configs/blip2_qformer.yaml -o runs/qformer data.path=pairs.csv",
+        "my.yaml tower=runs/adapted/model bert=null tokenizer=my-llm --resume",
+    )
+    for training in (contrastive, align, qformer, compare):
         _add_config(training)
         training.add_argument(
             "-o", "--output", metavar="FOLDER", help="folder of the run (default: runs/CONFIG)"

@@ -378,6 +378,17 @@ def compare_projectors(arguments: argparse.Namespace) -> None:
     print(f"report: {output / 'report.html'}")
 
 
+def qformer(arguments: argparse.Namespace) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train.representation_config import RepresentationConfig
+    from vlm_vision.train.representation_stage import train_representation
+
+    config = load_config(RepresentationConfig, arguments.config, arguments.overrides)
+    output = _run_folder(arguments)
+    scores = train_representation(config, output, resume=arguments.resume)
+    _print_scores({"": scores}, output, "projector")
+
+
 def chat(arguments: argparse.Namespace) -> None:
     from vlm_vision.preprocess import open_image
     from vlm_vision.train.vlm import VisionLanguageModel
@@ -690,7 +701,7 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
     return Path(arguments.output or Path("runs") / Path(arguments.config).stem)
 
 
-def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
+def _print_scores(parts: dict[str, dict[str, float]], output: Path, made: str = "model") -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for part, scores in parts.items():
@@ -698,7 +709,7 @@ def _print_scores(parts: dict[str, dict[str, float]], output: Path) -> None:
             print(part)
         for name, value in scores.items():
             print(f"  {name:28} {value:.4g}")
-    print(f"model: {output / 'model'}")
+    print(f"{made}: {output / made}")
 
 
 def _class_names(given: str) -> list[str]:

@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate
 from vlm_vision.adapters import build_projector
 from vlm_vision.adapters.config import Grid
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.adapters.projector_keys import load_projector_weights
 
 VARIABLE = "VLM_VISION_PROJECTOR_REFERENCES"
 RECORDED = Path(__file__).parents[1] / "fixtures" / "projectors_attention.json"
@@ -148,7 +149,7 @@ def sva(projector: Any, patches: Tensor) -> Tensor:
             ).to(plane.dtype)
             found = plane.permute(0, 2, 3, 1).flatten(1, 2)
         groups.append(found)
-    tokens: Tensor = projector.mm_projector(torch.cat(groups, -1))
+    tokens: Tensor = projector.projection(torch.cat(groups, -1))
     return tokens
 
 
@@ -193,6 +194,30 @@ def test_weights_start_as_in_the_reference() -> None:
     torch.manual_seed(0)
     ours = build_projector(PERCEIVER, 16, 24, (3, 5)).state_dict()
     assert all(torch.equal(ours[f"perceiver.{key}"], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT perceiver", "TinyLLaVA resampler", "TokenPacker"])
+def test_weights_load_by_the_names_of_the_reference(name: str) -> None:
+    """As in the file of a whole model, of which only the projector is taken."""
+    projector, _ = case(name)
+    state = {f"model.mm_projector.{key}": tensor for key, tensor in projector.state_dict().items()}
+    if name.startswith("LLaVA-NeXT"):
+        state = {
+            key.replace("mm_projector.perceiver", "vision_resampler.perceiver").replace("projection.", ""): t
+            for key, t in state.items()
+        }
+    elif name.startswith("TinyLLaVA"):
+        state = {
+            key.replace("model.mm_projector.perceiver.", "connector._connector.").replace(
+                "model.mm_projector.projection.", "connector._connector.linear."
+            ): tensor
+            for key, tensor in state.items()
+        }
+    node, width, grid = CASES[name]
+    loaded = build_projector(node, width, 24, grid)
+    load_projector_weights(loaded, {**state, "lm_head.weight": torch.ones(1)})
+    own = loaded.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in projector.state_dict().items())
 
 
 def summary(name: str) -> list[float]:

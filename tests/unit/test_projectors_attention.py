@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from projector_forms import ATTENDING
+from tiny import RESNET, TOWER, tiny_tower
 from torch import Tensor
 
+from vlm_vision import load_tower
 from vlm_vision.adapters import build_projector
+from vlm_vision.adapters.build import load_projector, save_projector
 from vlm_vision.adapters.config import Grid, parse_projector
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.errors import ConfigError
@@ -201,3 +205,34 @@ def test_text_that_is_missing_or_does_not_fit_is_refused() -> None:
         projector(patches, text_ids=torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ConfigError, match="up to 9"):
         projector(patches, text_ids=torch.zeros(2, 10, dtype=torch.long))
+
+
+@pytest.mark.parametrize("node", VARIANTS, ids=str)
+def test_saved_projector_comes_back_whole(node: dict[str, Any], tmp_path: Path) -> None:
+    projector = small(node)
+    save_projector(projector, tmp_path)
+    loaded = load_projector(tmp_path).eval()
+    assert (loaded.config, loaded.grid) == (projector.config, projector.grid)
+    patches = torch.randn(2, 16, 24)
+    assert torch.equal(run(loaded, patches), run(projector, patches))
+
+
+def test_layers_of_a_tower_and_towers_side_by_side() -> None:
+    layers = tiny_tower(layer=[1, 2, 3])
+    fused = load_tower(
+        {
+            "backbone": {
+                "name": "fused",
+                "parts": [TOWER["backbone"], {"backbone": RESNET["backbone"], "layer": 3}],
+                "grid": [4, 4],
+            }
+        }
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    packer = build_projector({"name": "token_packer", "levels": 3}, layers.hidden_size, 40, layers.grid)
+    assert packer(layers(pixels)).shape == (2, 4, 40)
+    widths = [64, fused.hidden_size - 64]
+    sva = build_projector(
+        {"name": "sva", "widths": widths, "regions": [2, 1], "layers": 1}, sum(widths), 40, fused.grid
+    )
+    assert sva(fused(pixels)).shape == (2, 4, 40)

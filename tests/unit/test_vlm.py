@@ -99,7 +99,7 @@ def test_identity_gives_the_language_model_the_features_themselves(tmp_path: Pat
         tower, build_projector("identity", 64, 64, tower.grid), llm, tiny_tokenizer()
     ).eval()
     pixels = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.image_tokens(pixels), tower(pixels))
+    assert torch.equal(model.image_tokens(tower(pixels)), tower(pixels))
     model.save_pretrained(tmp_path / "vlm")
     assert VisionLanguageModel.from_pretrained(tmp_path / "vlm").projector.config.name == "identity"
 
