@@ -13,7 +13,7 @@ import base64
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,15 +244,19 @@ class Conversations(Sequence[Record]):
         if not len(self):
             raise DataError(f"{path} holds no record")
         self.max_bad = int(max_bad_share * len(self))
-        if len(self.bad) > self.max_bad:
-            listed = "\n".join(f"  {reason}" for reason in list(self.bad.values())[:5])
-            raise DataError(
-                f"{path}: {len(self.bad)} of {len(self)} records cannot be used, "
-                f"max_bad_share allows {self.max_bad}:\n{listed}"
-            )
+        self.refuse(self.bad)
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """Take these records for bad.
+
+        Raises:
+            DataError: there are more than `max_bad_share` allows; lists the first ones.
+        """
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -301,6 +305,15 @@ class Conversations(Sequence[Record]):
             return [open_image(self._source(name, record.id)) for name in record.images]
         except DataError as error:
             raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
+    def check_paths(self, record: Record) -> None:
+        """See that its pictures lie in the image folder, without opening them; raises as `pictures`."""
+        for name in record.images:
+            if not _is_within(name):
+                try:
+                    self._resolve(name, record.id)
+                except DataError as error:
+                    raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
 
     def _source(self, name: str, identity: str) -> str | NamedBytes:
         if name.startswith(WITHIN):
@@ -378,6 +391,16 @@ class MixedConversations(Sequence[Record]):
             weights=[source.weight for source in self.sources],
         )
 
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """As `Conversations.refuse`, of all sources together."""
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
+
+    def check_paths(self, record: Record) -> None:
+        """As `Conversations.check_paths`."""
+        for source, own in self._by_source(record):
+            source.check_paths(own)
+
     def readings(self) -> Counter[ListedPicture]:
         """As `Conversations.readings`."""
         return Counter(
@@ -390,11 +413,13 @@ class MixedConversations(Sequence[Record]):
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """As `Conversations.pictures`."""
-        opened = []
+        return [picture for source, own in self._by_source(record) for picture in source.pictures(own)]
+
+    def _by_source(self, record: Record) -> Iterator[tuple[Conversations, Record]]:
+        """Each picture as a record's only one, with its source."""
         for image in record.images:
             number, _, name = image.partition(":")
-            opened += self.sources[int(number)].pictures(replace(record, images=(name,)))
-        return opened
+            yield self.sources[int(number)], replace(record, images=(name,))
 
 
 def open_conversations(data: ConversationData) -> Conversations | MixedConversations:
@@ -416,6 +441,14 @@ def open_conversations(data: ConversationData) -> Conversations | MixedConversat
         for node in conversation_sources(data)
     ]
     return sources[0] if len(sources) == 1 else MixedConversations(sources)
+
+
+def _check_share(path: str, bad: Mapping[int, str], count: int, allowed: int) -> None:
+    if len(bad) > allowed:
+        listed = "\n".join(f"  {reason}" for reason in list(bad.values())[:5])
+        raise DataError(
+            f"{path}: {len(bad)} of {count} records cannot be used, max_bad_share allows {allowed}:\n{listed}"
+        )
 
 
 def _is_within(name: str) -> bool:

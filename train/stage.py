@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
+from vlm_vision.train.conversation_check import measure_for_training
 from vlm_vision.train.conversations import (
     Batch,
     ConversationDataset,
@@ -58,6 +59,7 @@ def run_stage(
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batch_size = _micro_batch_size(stage, world)
     data = _open_data(model, stage)
+    measure_for_training(data, stage.sources[0].workers)
     total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
     start = found[0] if found else 0
