@@ -159,6 +159,9 @@ def _train(learner: Learner, run: Run, pairs: Pairs, start: int) -> dict[str, fl
                 bar.set_postfix(loss=f"{result.values['loss']:.3f}", refresh=False)
                 scale = float(learner.model.logit_scale.detach().exp())
                 run.log(step, **result.values, lr=lr, logit_scale=scale, **meter.rates())
+            every = config.validation.every
+            if every and step % every == 0 and not (is_last or must_stop):
+                run.log(step, **learner.validate())
             must_save = config.save_every is not None and step % config.save_every == 0
             if (must_save or must_stop) and not is_last and run.is_main:
                 state = learner.state()
@@ -174,9 +177,6 @@ def _train(learner: Learner, run: Run, pairs: Pairs, start: int) -> dict[str, fl
                 if run.is_main:
                     print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
                 raise SystemExit(TERMINATED)
-            every = config.validation.every
-            if every and step % every == 0 and not is_last:
-                run.log(step, **learner.validate())
             meter.start()
     if meter.truncated and run.is_main:
         print(
@@ -310,7 +310,7 @@ class Learner:
         return {
             "model": whole_state(self.model.state_dict()),
             "optimizer": optimizer_state(self.optimizer, dict(self.model.named_parameters())),
-            "progress": {"steps": self.schedule.last_epoch},
+            "progress": {"schedule": self.schedule.state_dict()},
         }
 
     @staticmethod
@@ -333,7 +333,7 @@ class Learner:
             raise ConfigError(f"{folder}: another model learnt there than in this config: {error}") from error
         kept = torch.load(folder / "optimizer.pt", map_location=self.ranks.device, weights_only=True)
         load_optimizer(self.optimizer, dict(self.model.named_parameters()), kept)
-        self.schedule.last_epoch = (
-            json.loads((folder / "progress.json").read_text(encoding="utf-8"))["steps"] - 1
-        )
-        self.schedule.step()
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.schedule.load_state_dict(progress["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = lr

@@ -205,19 +205,25 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
 
     export = command(
         "export",
-        "write a tower as a folder that LLaVA, transformers or open_clip load as their own",
+        "write a tower or a model as a folder that LLaVA, transformers or open_clip load as their own",
         "open_clip:ViT-L-14-336-quickgelu@openai --to clip -o clip",
         "runs/stage2/model --to clip -o clip",
         "runs/adapted/model --to open_clip -o adapted",
         "runs/adapted/model --to transformers -o adapted",
+        "runs/align/model --to transformers -o llava-hf   # a LlavaForConditionalGeneration with processor",
+        "runs/align/model --to llava -o llava   # for LLaVA's own code",
         "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
     )
-    export.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
+    export.add_argument(
+        "source",
+        help="a tower: source:model@weights, a folder, or a YAML file; a vision-language model's folder",
+    )
     export.add_argument(
         "--to",
-        choices=["clip", "open_clip", "transformers"],
+        choices=["clip", "open_clip", "transformers", "llava"],
         required=True,
-        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel",
+        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel; of a "
+        "vision-language model a LlavaForConditionalGeneration, or LLaVA's own files",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     export.add_argument(
@@ -311,6 +317,30 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     chat.add_argument("--question", help="answer this and end; without it, a conversation")
     chat.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: 128)")
     chat.add_argument("--web", action="store_true", help="open a page in the browser")
+
+    evaluate = command(
+        "eval",
+        "ask a vision-language model a file of questions: scores with intervals, answers, a page",
+        "runs/demo/model --questions vqa.json --images pictures/ -o runs/eval",
+        "runs/demo/model --questions coco_pope_random.json --images val2014/ --kind yes_no",
+        "runs/demo/model --questions scienceqa.jsonl --images pictures/ --kind choice",
+    )
+    evaluate.add_argument("model", help="folder of a vision-language model")
+    evaluate.add_argument("--questions", required=True, metavar="FILE", help="JSON list or JSON lines")
+    evaluate.add_argument("--images", metavar="FOLDER", help="what the names of pictures are relative to")
+    evaluate.add_argument(
+        "--kind",
+        choices=["vqa", "yes_no", "captions", "choice"],
+        help="VQAv2's accuracy, POPE's figures, loss, multiple choice (default: as the fields say)",
+    )
+    evaluate.add_argument(
+        "--prompt", metavar="TEXT", help="under every question (default: for choices LLaVA's, else none)"
+    )
+    evaluate.add_argument("--batch-size", type=_positive, default=16, help="questions at once (default: 16)")
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=32, help="of an answer (default: 32)")
+    evaluate.add_argument(
+        "-o", "--output", metavar="FOLDER", help="write scores.json, answers.jsonl and report.html there"
+    )
 
     zero_shot = command(
         "zero-shot",

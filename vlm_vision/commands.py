@@ -254,6 +254,9 @@ def export(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.exists():
         raise ConfigError(f"{output} is there already: give another folder")
+    if arguments.to == "llava" or (arguments.to == "transformers" and _is_vlm(arguments.source)):
+        _export_vlm(arguments, output)
+        return
     if arguments.to in ("open_clip", "transformers"):
         model = load_dual_encoder(arguments.source)
         if arguments.adapter is not None:
@@ -279,6 +282,32 @@ def export(arguments: argparse.Namespace) -> None:
         print("  its pooled output is zeros, for the same reason; features of patches are complete")
     layers = " and ".join(map(str, written.select_layers))
     print(f"  LLaVA: --vision_tower {output} --mm_vision_select_layer {layers}")
+
+
+def _is_vlm(source: str) -> bool:
+    if not (Path(source) / "config.json").is_file():
+        return False  # of which nothing of training need be loaded
+    from vlm_vision.train.vlm import is_vlm_folder
+
+    return is_vlm_folder(source)
+
+
+def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
+    from vlm_vision.train.vlm import VisionLanguageModel
+    from vlm_vision.train.vlm_export import export_llava, export_llava_for_transformers
+
+    if arguments.adapter is not None:
+        raise ConfigError(
+            "--adapter is merged into towers and dual encoders; stages merge what they trained before saving"
+        )
+    model = VisionLanguageModel.from_pretrained(arguments.source)
+    if arguments.to == "transformers":
+        export_llava_for_transformers(model, output, source=arguments.source)
+        print(f"{output}: transformers.LlavaForConditionalGeneration.from_pretrained, and AutoProcessor")
+        return
+    export_llava(model, output, source=arguments.source)
+    print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, None, 'llava')")
+    print(f"  its tower is {output.absolute() / 'vision_tower'}; after a move, change mm_vision_tower")
 
 
 def data(arguments: argparse.Namespace) -> None:
@@ -505,7 +534,7 @@ def _conversation(
     for question in questions:
         mark = "" if turns or image is None else f"{IMAGE_TOKEN}\n"
         turns.append(Turn("user", mark + question))
-        answer = model.generate(pixels, [turns], max_new_tokens)[0]
+        answer = model.answer(pixels, [turns], max_new_tokens)[0]
         turns.append(Turn("assistant", answer))
         yield answer
 
@@ -543,6 +572,29 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
         title="vlm_vision",
         flagging_mode="never",
     ).launch()
+
+
+def eval(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from vlm_vision.train.examine import examine, write_examination
+    from vlm_vision.train.questions import Questions
+    from vlm_vision.train.vlm import VisionLanguageModel
+
+    questions = Questions(arguments.questions, arguments.images, kind=arguments.kind, prompt=arguments.prompt)
+    model = VisionLanguageModel.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = examine(
+        model, questions, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens
+    )
+    print(f"{questions.kind}: {len(questions):,} questions, each score with its 95 % interval")
+    rows = found.table()
+    width = max(len(category) for category, _, _ in rows)
+    for category, name, score in rows:
+        print(f"{category:{width}} {name:10} {score}")
+    if arguments.output is not None:
+        about = {"model": arguments.model}
+        print(f"report: {write_examination(found, questions, arguments.output, about)}")
 
 
 def zero_shot(arguments: argparse.Namespace) -> None:

@@ -270,12 +270,12 @@ def test_answers_in_a_batch_are_those_given_alone(
         [picture for index in range(3) for picture in conversations.pictures(conversations[index])]
     )
     prompts = ["what ?", "what colour is it ?", "what is the picture of ?"]
-    together = model.generate(pixels, prompts, 6)
-    alone = [model.generate(pixels[i : i + 1], [prompts[i]], 6)[0] for i in range(3)]
+    together = model.answer(pixels, prompts, 6)
+    alone = [model.answer(pixels[i : i + 1], [prompts[i]], 6)[0] for i in range(3)]
     assert together == alone
     mixed = [[Turn("user", "what ?")], [Turn("user", f"<image>\n{prompts[1]}")]]
-    assert model.generate(pixels[1:2], mixed, 6) == [model.generate(None, ["what ?"], 6)[0], alone[1]]
-    assert model.generate(None, []) == []
+    assert model.answer(pixels[1:2], mixed, 6) == [model.answer(None, ["what ?"], 6)[0], alone[1]]
+    assert model.answer(None, []) == []
 
 
 def test_generation_follows_the_forward_pass(
@@ -292,12 +292,12 @@ def test_generation_follows_the_forward_pass(
             break
         ids.append(token)
     expected = model.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert model.generate(pixels, ["what colour is it ?"], 5) == [expected]
+    assert model.answer(pixels, ["what colour is it ?"], 5) == [expected]
 
 
 def test_training_mode_comes_back_after_generating(model: VisionLanguageModel) -> None:
     model.train()
-    model.generate(None, ["what ?"], 2)
+    model.answer(None, ["what ?"], 2)
     assert model.training
 
 
@@ -348,14 +348,14 @@ def test_answers_follow_what_training_saw(folder: Path, conversations: Conversat
     text = model.asked([question])
     logits = model(inputs, torch.ones_like(inputs), pixels=pixels, text=text).logits[0, -1]
     expected = model.tokenizer.decode(logits.argmax(), skip_special_tokens=True).strip()
-    assert model.generate(pixels, [question], 1) == [expected]
+    assert model.answer(pixels, [question], 1) == [expected]
     model.save_pretrained(tmp_path)
     loaded = VisionLanguageModel.from_pretrained(tmp_path)
-    assert loaded.generate(pixels, [question], 4) == model.generate(pixels, [question], 4)
+    assert loaded.answer(pixels, [question], 4) == model.answer(pixels, [question], 4)
     three = torch.cat([pixels, pixels, pixels])
     prompts = ["what ?", "what colour is it ?", ""]
-    together = model.generate(three, prompts, 4)
-    assert together == [model.generate(pixels, [prompt], 4)[0] for prompt in prompts]
+    together = model.answer(three, prompts, 4)
+    assert together == [model.answer(pixels, [prompt], 4)[0] for prompt in prompts]
 
 
 def test_text_where_none_is_read_and_none_where_it_is(folder: Path, model: VisionLanguageModel) -> None:
@@ -449,7 +449,7 @@ def test_every_question_is_asked_alone_with_its_pictures(
     assert answers[0].question == "what colour is it ?"
     assert (answers[0].truth, answers[0].kind, answers[0].images) == ("red", "colour", ("0.png",))
     pixels = model.vision_tower.image_processor(conversations.pictures(conversations[0]))
-    assert answers[0].answer == model.generate(pixels, ["what colour is it ?"], 4)[0]
+    assert answers[0].answer == model.answer(pixels, ["what colour is it ?"], 4)[0]
     assert answers[6].images == ()
 
 
