@@ -44,6 +44,7 @@ from vlm_vision.train.chat_format import (
 )
 from vlm_vision.train.conversations_config import ConversationData, conversation_sources
 from vlm_vision.train.order import EpochOrder, UniformShuffle
+from vlm_vision.train.packing import pack
 from vlm_vision.train.record_files import WITHIN, open_records
 
 __all__ = [
@@ -579,10 +580,11 @@ class ConversationDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples padded on the right to the longest.
+    """Samples padded on the right to the longest, one in a row or, packed, several.
 
     Attributes:
-        input_ids, attention_mask, labels: [B,T].
+        input_ids, attention_mask, labels: [B,T]; packed, the mask counts the samples of a row from 1.
+        position_ids: [B,T], anew with each sample; None where they are not packed.
         pixels: [P,3,H,W], pictures of all samples in order, or None.
         patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
         text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
@@ -597,6 +599,14 @@ class Batch:
     text: dict[str, Tensor] | None
     replaced: tuple[tuple[int, str], ...]
     truncated: int
+    position_ids: Tensor | None = None
+    padded_positions: int = 0
+    """Places that the samples would take one in a row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Places that hold no padding."""
+        return int((self.attention_mask > 0).sum())
 
     @property
     def num_labels(self) -> int:
@@ -604,9 +614,28 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad and stack samples."""
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) -> Batch:
+    """Pad and stack samples.
+
+    Args:
+        pack_to: put several samples into a row, of so many tokens at most; its first token is never learnt.
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
+    rows = [[place] for place in range(len(samples))]
+    if pack_to is not None:
+        rows = pack([len(sample.input_ids) for sample in samples], pack_to)
+        samples = [samples[place] for row in rows for place in row]  # pictures in the order of the rows
+    members, at = [], 0
+    for row in rows:
+        members.append(samples[at : at + len(row)])
+        at += len(row)
+    ids = [torch.cat([sample.input_ids for sample in row]) for row in members]
+    labels = [torch.cat([_without_first(sample.labels) for sample in row]) for row in members]
+    numbers = [
+        torch.cat([torch.full_like(sample.input_ids, n) for n, sample in enumerate(row, start=1)])
+        for row in members
+    ]
+    positions = [torch.cat([torch.arange(len(sample.input_ids)) for sample in row]) for row in members]
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
     instructions = [
@@ -615,14 +644,20 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         if sample.instruction is not None
         for _ in range(sample.num_pictures)
     ]
-    input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        attention_mask=pad_sequence(numbers, batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         pixels=torch.cat(pictures) if pictures else None,
         patches=torch.cat(patches) if patches else None,
         text=stack_instructions(instructions) if instructions else None,
         replaced=tuple(entry for sample in samples for entry in sample.replaced),
         truncated=sum(sample.truncated for sample in samples),
+        position_ids=None if pack_to is None else pad_sequence(positions, batch_first=True),
+        padded_positions=longest * len(samples),
     )
+
+
+def _without_first(labels: Tensor) -> Tensor:
+    """Labels of a sample, the first of which nothing before it predicts."""
+    return torch.cat([labels.new_full((1,), IGNORE_INDEX), labels[1:]])
