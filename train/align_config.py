@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
 from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config
 from vlm_vision.tower_config import TowerConfig
+from vlm_vision.train.conversations_config import (
+    ConversationConfig,
+    ConversationData,
+    Share,
+    conversation_sources,
+)
 from vlm_vision.train.rules import Rule
 
-Share = Annotated[float, Field(ge=0, le=1)]
+__all__ = ["AlignConfig", "ConversationConfig", "Share", "Stage", "VlmConfig"]
 
 
 def _tower_source(value: Any) -> str | TowerConfig:
@@ -33,7 +39,7 @@ class VlmConfig(Config):
         projector_weights: a projector's folder, a safetensors file, or LLaVA's `mm_projector.bin`.
         llm: folder or hub id of a causal language model of transformers.
         llm_weights: `none` builds the language model from its config, with random weights.
-        chat_template: a .jinja file, in place of the tokenizer's own template.
+        chat_template: plain, v1, llama_2, chatml, qwen, or a .jinja file, in place of the tokenizer's own.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
@@ -44,40 +50,15 @@ class VlmConfig(Config):
     chat_template: str | None = None
 
 
-class ConversationConfig(Config):
-    """Conversations in LLaVA's format.
-
-    Attributes:
-        file: JSON list or JSONL of `{"id", "image", "conversations"}`.
-        image_folder: what the records' `image` is relative to; pictures outside it are refused.
-        follow_links: let links in the image folder lead out of it.
-        separate: learn every question of a record by itself, with its pictures; for questions that do not
-            build on each other. What can be read off an earlier answer teaches nothing about pictures.
-        too_long: what happens to the text of a conversation beyond `max_length`.
-        max_bad_share: records that cannot be used are replaced, counted and listed up to this share.
-        workers: processes that prepare samples; 0 prepares them in the training process.
-        feature_cache: a folder to keep the features of a frozen tower in, which are then computed once, and
-            read from there by every epoch and by later runs with the same tower and pictures.
-    """
-
-    file: str
-    image_folder: str | None = None
-    follow_links: bool = False
-    separate: bool = False
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    max_bad_share: Share = 0.0
-    workers: NonNegativeInt = 1
-    feature_cache: str | None = None
-
-
 class Stage(Config):
     """One stage: what learns, on which data, how long.
 
     Attributes:
         name: of the stage and its folder.
+        data: one source of conversations, or a list of several, mixed by their weights.
         learn: rules over parameter names, which begin with `vision_tower.`, `projector.` or `llm.`.
         lora: settings of the adapters that rules with `learn: lora` put on.
-        chat_template: a .jinja file for this stage alone.
+        chat_template: a name or a .jinja file for this stage alone.
         lr: peak learning rate.
         warmup: share of the steps with linear warm-up; a cosine to 0 follows.
         epochs, steps: length; one of them.
@@ -94,7 +75,7 @@ class Stage(Config):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-    data: ConversationConfig
+    data: ConversationData
     learn: Annotated[tuple[Rule, ...], Field(min_length=1)]
     lora: LoraConfig = LoraConfig()
     chat_template: str | None = None
@@ -128,6 +109,11 @@ class Stage(Config):
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    @property
+    def sources(self) -> tuple[ConversationConfig, ...]:
+        """Where its conversations come from; the first says what is of all."""
+        return conversation_sources(self.data)
 
     def total_steps(self, records: int) -> int:
         """Optimizer steps on a data set; conversations that do not fill an epoch's last batch sit it out."""

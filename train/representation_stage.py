@@ -21,7 +21,13 @@ from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive import TERMINATED, Meter, Terminated
 from vlm_vision.train.embedding_cache import EmbeddingCache
 from vlm_vision.train.held_out import open_captioned
-from vlm_vision.train.optim import build_optimizer, parameter_groups, warmup_cosine, warmup_steps
+from vlm_vision.train.optim import (
+    build_optimizer,
+    continue_schedule,
+    parameter_groups,
+    warmup_cosine,
+    warmup_steps,
+)
 from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import (
     Parallel,
@@ -310,7 +316,7 @@ class Learner:
         return {
             "model": whole_state(self.model.state_dict()),
             "optimizer": optimizer_state(self.optimizer, dict(self.model.named_parameters())),
-            "progress": {"schedule": self.schedule.state_dict()},
+            "progress": {"steps": self.schedule.last_epoch},
         }
 
     @staticmethod
@@ -334,6 +340,4 @@ class Learner:
         kept = torch.load(folder / "optimizer.pt", map_location=self.ranks.device, weights_only=True)
         load_optimizer(self.optimizer, dict(self.model.named_parameters()), kept)
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        self.schedule.load_state_dict(progress["schedule"])
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+        continue_schedule(self.schedule, progress["steps"])

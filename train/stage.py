@@ -16,7 +16,15 @@ from torch.utils.data import DataLoader
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
-from vlm_vision.train.conversations import Batch, ConversationDataset, Conversations, Sample, collate
+from vlm_vision.train.conversations import (
+    Batch,
+    ConversationDataset,
+    Conversations,
+    MixedConversations,
+    Sample,
+    collate,
+    open_conversations,
+)
 from vlm_vision.train.deepspeed_engine import (
     engine_settings,
     gradient_norm,
@@ -50,13 +58,13 @@ def run_stage(
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batch_size = _micro_batch_size(stage, world)
     data = _open_data(model, stage)
-    total = stage.total_steps(len(data))
+    total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
     start = found[0] if found else 0
     run = Run(folder, stage, resume_step=start)
 
     _set_learning(model, stage)
-    if stage.data.feature_cache is not None:
+    if stage.sources[0].feature_cache is not None:
         data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
@@ -119,7 +127,7 @@ def run_stage(
 class BadRecords:
     """Lists records that were replaced, each once, and stops the run when there are too many."""
 
-    def __init__(self, path: Path, conversations: Conversations) -> None:
+    def __init__(self, path: Path, conversations: Conversations | MixedConversations) -> None:
         self.path, self.allowed = path, conversations.max_bad
         self._listed: set[str] = set()
         if path.is_file():
@@ -195,20 +203,12 @@ def _micro_batch_size(stage: Stage, world: int) -> int:
 
 
 def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
-    config = stage.data
-    conversations = Conversations(
-        config.file,
-        config.image_folder,
-        max_bad_share=config.max_bad_share,
-        follow_links=config.follow_links,
-        separate=config.separate,
-    )
     return ConversationDataset(
-        conversations,
+        open_conversations(stage.data),
         model.chat,
         model.vision_tower.image_processor,
         max_length=stage.max_length,
-        too_long=config.too_long,
+        too_long=stage.sources[0].too_long,
         instructions=model.instructions,
     )
 
@@ -218,11 +218,12 @@ def _loader(
 ) -> DataLoader[Any]:
     """This rank's share of every batch from step `start` on, in pieces of the micro batch size."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    order = data.conversations.order(seed)
     return DataLoader(
         data,
-        batch_sampler=EpochBatches(len(data), stage.batch_size, seed, start, stop, rank, world),
+        batch_sampler=EpochBatches(order, stage.batch_size, seed, start, stop, rank, world),
         collate_fn=partial(_pieces, micro_batch_size=micro_batch_size, pad_id=data.chat.pad_id),
-        num_workers=stage.data.workers,
+        num_workers=stage.sources[0].workers,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from vlm_vision.export import library_names
 from vlm_vision.layouts import with_vision_level
 from vlm_vision.preprocessor_file import PREPROCESSOR_FILE, PROCESSOR_FILE, read_preprocess
 from vlm_vision.tower import VisionTower, load_tower, tower_config
+from vlm_vision.train.chat_format import read_template
 from vlm_vision.train.chat_parts import taking_text
 from vlm_vision.weights import find_weights_file, load_strict, read_state_dict, without_init
 
@@ -34,7 +34,7 @@ LLAVA = {
 """`model_type` of LLaVA's own models, and of the language model within."""
 FOREIGN = (LLAVA_HF, *LLAVA)
 # The prompts that LLaVA's code writes for a model of this kind, whose files say nothing of it.
-_TEMPLATES = {"llava_llama": "vicuna_v1.jinja"}
+_TEMPLATES = {"llava_llama": "v1"}
 _TOWER_IN_LLAVA = "model.vision_tower.vision_tower."
 
 
@@ -121,8 +121,7 @@ def _read_llava(folder: Path, content: dict[str, Any]) -> Parts:
     llm = _language_model(AutoConfig.for_model(**fields), language, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None and content["model_type"] in _TEMPLATES:
-        template = files("vlm_vision.configs") / "chat_templates" / _TEMPLATES[content["model_type"]]
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(_TEMPLATES[content["model_type"]])
     return Parts(tower, from_llava(folder, tower.grid).to(_dtype(state)), llm, tokenizer)
 
 

@@ -312,6 +312,30 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     chat.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: 128)")
     chat.add_argument("--web", action="store_true", help="open a page in the browser")
 
+    evaluate = command(
+        "eval",
+        "ask a vision-language model a file of questions: scores with intervals, answers, a page",
+        "runs/demo/model --questions vqa.json --images pictures/ -o runs/eval",
+        "runs/demo/model --questions coco_pope_random.json --images val2014/ --kind yes_no",
+        "runs/demo/model --questions scienceqa.jsonl --images pictures/ --kind choice",
+    )
+    evaluate.add_argument("model", help="folder of a vision-language model")
+    evaluate.add_argument("--questions", required=True, metavar="FILE", help="JSON list or JSON lines")
+    evaluate.add_argument("--images", metavar="FOLDER", help="what the names of pictures are relative to")
+    evaluate.add_argument(
+        "--kind",
+        choices=["vqa", "yes_no", "captions", "choice"],
+        help="VQAv2's accuracy, POPE's figures, loss, multiple choice (default: as the fields say)",
+    )
+    evaluate.add_argument(
+        "--prompt", metavar="TEXT", help="under every question (default: for choices LLaVA's, else none)"
+    )
+    evaluate.add_argument("--batch-size", type=_positive, default=16, help="questions at once (default: 16)")
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=32, help="of an answer (default: 32)")
+    evaluate.add_argument(
+        "-o", "--output", metavar="FOLDER", help="write scores.json, answers.jsonl and report.html there"
+    )
+
     zero_shot = command(
         "zero-shot",
         "classify pictures by the names of classes",

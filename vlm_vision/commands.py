@@ -489,6 +489,29 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
     ).launch()
 
 
+def eval(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from vlm_vision.train.examine import examine, write_examination
+    from vlm_vision.train.questions import Questions
+    from vlm_vision.train.vlm import VisionLanguageModel
+
+    questions = Questions(arguments.questions, arguments.images, kind=arguments.kind, prompt=arguments.prompt)
+    model = VisionLanguageModel.from_pretrained(arguments.model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = examine(
+        model, questions, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens
+    )
+    print(f"{questions.kind}: {len(questions):,} questions, each score with its 95 % interval")
+    rows = found.table()
+    width = max(len(category) for category, _, _ in rows)
+    for category, name, score in rows:
+        print(f"{category:{width}} {name:10} {score}")
+    if arguments.output is not None:
+        about = {"model": arguments.model}
+        print(f"report: {write_examination(found, questions, arguments.output, about)}")
+
+
 def zero_shot(arguments: argparse.Namespace) -> None:
     from vlm_vision.dual_encoder import load_dual_encoder
     from vlm_vision.picture_list import list_files
