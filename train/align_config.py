@@ -72,6 +72,8 @@ class Stage(Config):
             3 and weights.
         precision: bf16 computes in bfloat16 and keeps an fp32 copy of what learns.
         activation_checkpointing: recompute the language model's activations in the backward pass.
+        loss_kernel: `chunks` computes the logits of labels a few thousand at a time; `liger` runs
+            liger-kernel's fused kernel, on a GPU.
         save_every: optimizer steps between checkpoints; None saves none within the stage.
     """
 
@@ -95,6 +97,7 @@ class Stage(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    loss_kernel: Literal["chunks", "liger"] = "chunks"
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
 

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +27,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
     TextIteratorStreamer,
-    modeling_utils,
 )
 from transformers.utils import ModelOutput
 
@@ -47,6 +46,7 @@ from vlm_vision.train.conversations import (
     Turn,
     stack_instructions,
 )
+from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
 from vlm_vision.train.packing import attention_inputs
 from vlm_vision.train.vlm_import import FOREIGN, check_loaded, read_parts
 from vlm_vision.train.vlm_processor import MODEL_TYPE, TOKENIZER_FOLDER, VisionLanguageConfig
@@ -55,8 +55,6 @@ Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
 # What auto classes of transformers hand to `from_pretrained`, whoever asks.
 PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
-# Whether a mask [B,T] says which logits to keep; transformers 5.20, the last for Python 3.10, takes columns.
-KEEPS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 @dataclass
@@ -65,7 +63,7 @@ class VlmOutput(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         loss: mean cross entropy of the label tokens, fp32; None without labels.
-        logits: [B,T,V] without labels; [K,V] with them, of the K positions that predict a label.
+        logits: [B,T,V]; None with labels, where they are never held as a whole.
     """
 
     loss: Float[Tensor, ""] | None = None
@@ -83,6 +81,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         tokenizer: the language model's, with the chat template that conversations are written by.
         instructions: what a projector that reads text is given; None for others. Its tokenizer is
             `text_tokenizer`, or the one that the projector's config names, or the language model's.
+        loss_kernel: how the loss is computed, as of `train.label_loss`.
 
     Raises:
         ConfigError: widths that do not fit, a tokenizer without chat template, one with more tokens than a
@@ -91,6 +90,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     """
 
     llm: Any
+    loss_kernel: LossKernel = "chunks"
     config_class = VisionLanguageConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
@@ -137,6 +137,15 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Tokens that one picture takes in the language model."""
         return self.projector.tokens_out(token_grid(self.vision_tower))
 
+    def use_loss_kernel(self, kernel: LossKernel) -> None:
+        """Choose how the loss is computed.
+
+        Raises:
+            MissingExtraError, ConfigError: it cannot be here, see `train.label_loss.check_kernel`.
+        """
+        check_kernel(kernel, self.llm)
+        self.loss_kernel = kernel
+
     def part(self, name: Part) -> nn.Module:
         """A part by the name of its folder."""
         parts: dict[Part, nn.Module] = {
@@ -158,7 +167,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         pixel_values: Float[Tensor, "p 3 h w"] | None = None,
         position_ids: Int[Tensor, "b t"] | None = None,
     ) -> VlmOutput:
-        """Next-token logits, and their loss where labels are given.
+        """Next-token logits, or with labels their loss.
 
         Args:
             labels: IGNORE_INDEX where nothing is learnt; shifted here, as transformers does.
@@ -186,18 +195,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return VlmOutput(None, self.llm(**inputs).logits)
         targets = labels[:, 1:]
         learnt = targets != IGNORE_INDEX
-        logits = self._label_logits(inputs, F.pad(learnt, (0, 1)))
-        total = F.cross_entropy(logits.float(), targets[learnt], reduction="sum")
-        return VlmOutput(total / (len(logits) if label_count is None else label_count), logits)
-
-    def _label_logits(self, inputs: dict[str, Any], keep: Bool[Tensor, "b t"]) -> Float[Tensor, "k v"]:
-        """Logits of the positions to keep alone, row by row."""
-        if KEEPS_BY_ROW:
-            logits: Tensor = self.llm(**inputs, logits_to_keep=keep).logits
-            return logits
-        columns = keep.any(dim=0).nonzero().flatten()
-        logits = self.llm(**inputs, logits_to_keep=columns).logits
-        return logits[keep[:, columns]]
+        wanted = targets[learnt]
+        total = label_loss(self.llm, inputs, F.pad(learnt, (0, 1)), wanted, self.loss_kernel)
+        return VlmOutput(total / (len(wanted) if label_count is None else label_count))
 
     def embed(
         self,

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -520,13 +521,15 @@ def chat(arguments: argparse.Namespace) -> None:
         return
     asked = _typed_questions() if arguments.question is None else iter([arguments.question])
     for answer in _conversation(model, image, asked, arguments.max_new_tokens):
-        print(answer)
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print()
 
 
 def _conversation(
     model: VisionLanguageModel, image: Image.Image | None, questions: Iterator[str], max_new_tokens: int
-) -> Iterator[str]:
-    """Answers to questions about a picture, each with what was said before in mind."""
+) -> Iterator[Iterator[str]]:
+    """Answers to questions about a picture, piece by piece, each with what was said before in mind."""
     from vlm_vision.train.conversations import IMAGE_TOKEN, Turn
 
     pixels = None if image is None else model.vision_tower.image_processor(image)
@@ -534,9 +537,15 @@ def _conversation(
     for question in questions:
         mark = "" if turns or image is None else f"{IMAGE_TOKEN}\n"
         turns.append(Turn("user", mark + question))
-        answer = model.answer(pixels, [turns], max_new_tokens)[0]
-        turns.append(Turn("assistant", answer))
-        yield answer
+        said: list[str] = []
+        yield _noting(model.stream(pixels, turns, max_new_tokens), said)
+        turns.append(Turn("assistant", "".join(said)))
+
+
+def _noting(pieces: Iterator[str], said: list[str]) -> Iterator[str]:
+    for piece in pieces:
+        said.append(piece)
+        yield piece
 
 
 def _typed_questions() -> Iterator[str]:
@@ -556,12 +565,12 @@ def _serve(model: VisionLanguageModel, max_new_tokens: int) -> None:
 
     from vlm_vision.preprocess import open_image
 
-    def answer(image: Any, question: str) -> str:
+    def answer(image: Any, question: str) -> Iterator[str]:
         try:
             if not question.strip():
                 raise DataError("the question is empty")
             opened = None if image is None else open_image(image)
-            return next(_conversation(model, opened, iter([question]), max_new_tokens))
+            yield from accumulate(next(_conversation(model, opened, iter([question]), max_new_tokens)))
         except DataError as error:
             raise gradio.Error(str(error)) from error
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import colour_records, tiny_llm, tiny_tokenizer, tiny_tower
 
 from vlm_vision.adapters import build_projector
-from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from vlm_vision.train.conversations import Batch, ConversationDataset, Conversations, Turn, collate
 from vlm_vision.train.evaluate import (
     Answer,
@@ -18,7 +18,7 @@ from vlm_vision.train.evaluate import (
     swapped_pictures,
     vqa_accuracy,
 )
-from vlm_vision.train.vlm import KEEPS_BY_ROW, VisionLanguageModel, load_llm, load_tokenizer, token_grid
+from vlm_vision.train.vlm import VisionLanguageModel, load_llm, load_tokenizer, token_grid
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,7 @@ def test_identity_gives_the_language_model_the_features_themselves(tmp_path: Pat
     assert VisionLanguageModel.from_pretrained(tmp_path / "vlm").projector.config.name == "identity"
 
 
-@pytest.mark.parametrize("keeps_by_row", sorted({False, KEEPS_BY_ROW}))
-def test_loss_is_transformers_own(
-    model: VisionLanguageModel,
-    conversations: Conversations,
-    keeps_by_row: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("vlm_vision.train.vlm.KEEPS_BY_ROW", keeps_by_row)
+def test_loss_is_transformers_own(model: VisionLanguageModel, conversations: Conversations) -> None:
     batch = batch_of(model, conversations, *range(8))
     output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels)
     reference = model.llm(
@@ -121,12 +114,17 @@ def test_loss_is_transformers_own(
     )
     # Worst difference measured: 0.
     assert output.loss.item() == pytest.approx(reference.loss.item(), abs=1e-6)
-    learnt = torch.nn.functional.pad(batch.labels[:, 1:] != -100, (0, 1))
-    assert output.logits.shape == (batch.num_labels, reference.logits.shape[-1])
-    torch.testing.assert_close(output.logits, reference.logits[learnt], atol=1e-6, rtol=0)
+    assert output.logits is None
     whole = model(batch.input_ids, batch.attention_mask, pixels=batch.pixels)
     assert whole.loss is None
     torch.testing.assert_close(whole.logits, reference.logits, atol=0, rtol=0)
+
+
+def test_a_kernel_of_the_loss_that_is_not_there_is_refused(model: VisionLanguageModel) -> None:
+    model.use_loss_kernel("chunks")
+    with pytest.raises(MissingExtraError, match=r"pip install 'vlm_vision\[liger\]'"):
+        model.use_loss_kernel("liger")
+    assert model.loss_kernel == "chunks"
 
 
 def test_one_label_count_makes_pieces_add_up_to_the_whole(
