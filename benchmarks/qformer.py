@@ -22,6 +22,8 @@ from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import answer_questions, vqa_accuracy
+from vlm_vision.train.pairs import Pairs
+from vlm_vision.train.pairs_config import PairsConfig
 from vlm_vision.train.representation_config import RepresentationConfig
 from vlm_vision.train.representation_stage import train_representation
 from vlm_vision.train.run import read_metrics
@@ -67,7 +69,8 @@ def main() -> None:
             accuracies[kind].append(accuracy(folder, held_out, demo / "data"))
     found = {"retrieval": scores[-1], "accuracy": accuracies}
     (output / "figures.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    tell(scores[-1], curves, accuracies, arguments.align_steps, len(Conversations(held_out, demo / "data")))
+    gallery = len(Pairs(PairsConfig(path=str(demo / "data" / "val.csv"))))
+    tell(scores[-1], 1 / gallery, curves, accuracies, arguments.align_steps)
     if arguments.plot is not None:
         plot(scores, curves, accuracies, arguments.plot)
 
@@ -78,11 +81,11 @@ def representation_config(demo: Path, steps: int | None) -> RepresentationConfig
         f"tokenizer={demo / 'llm'}",
         f"data.path={demo / 'data' / 'train.csv'}",
         f"validation.retrieval.path={demo / 'data' / 'val.csv'}",
-        "save_every=100",
+        "save_every=250",
     ]
     changes += [] if steps is None else [f"steps={steps}"]
     config = load_config(RepresentationConfig, CONFIGS / "demo_qformer.yaml", changes)
-    every = max(1, config.total_steps(0) // 5)
+    every = max(1, config.total_steps(0) // 4)
     return config.model_copy(update={"validation": config.validation.model_copy(update={"every": every})})
 
 
@@ -138,16 +141,16 @@ def accuracy(folder: Path, held_out: Path, pictures: Path) -> dict[str, float]:
 
 def tell(
     scores: dict[str, Any],
+    chance: float,
     curves: dict[str, list[list[float]]],
     accuracies: dict[str, list[dict[str, float]]],
     steps: int,
-    pictures: int,
 ) -> None:
-    print("\nITC on held-out scenes")
+    print(f"\nheld-out scenes; chance is {chance:.4f} for r1")
     for name, value in scores.items():
         if name not in ("step", "time"):
             print(f"  {name:24} {value:.3f}")
-    print(f"\nafter {steps} alignment steps, mean and range of the seeds; {pictures} held-out pictures")
+    print(f"\nafter {steps} alignment steps, mean and range of {len(curves['cold'])} seeds")
     rows = {
         "loss, last tenth": {kind: [np.mean(c[-len(c) // 10 :]) for c in curves[kind]] for kind in curves}
     }

@@ -122,6 +122,25 @@ def llava(variable: str) -> SimpleNamespace:
         )
 
 
+def llava_training(variable: str) -> ModuleType:
+    """`train.train` of a checkout, for how it turns conversations into tokens; models and trainers are empty.
+
+    LLaVA-NeXT's `conversation`, which asks a hub for a tokenizer, is empty too: its `preprocess_qwen` is
+    without.
+    """
+    root = checkout(variable) / "llava"
+    modules = {"llava": _package("llava", root), "llava.train": _package("llava.train", root / "train")}
+    modules["llava.model"] = _package("llava.model")
+    modules["llava.train.llava_trainer"] = _package("llava.train.llava_trainer", LLaVATrainer=None)
+    if variable == LLAVA_NEXT:
+        nothing = {"process_video_with_pyav": None, "process_video_with_decord": None}
+        modules["llava.utils"] = _package("llava.utils", rank0_print=print, **nothing)
+        modules["llava.conversation"] = _package("llava.conversation")
+        vars(modules["llava"])["conversation"] = modules["llava.conversation"]
+    with _in_place_of(modules):
+        return importlib.import_module("llava.train.train")
+
+
 def siglip_processor(variable: str) -> Any:
     """LLaVA-NeXT's own image processor of SigLIP."""
     folder = checkout(variable) / "llava" / "model" / "multimodal_encoder"

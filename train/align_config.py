@@ -12,9 +12,15 @@ from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config
 from vlm_vision.tower_config import TowerConfig
+from vlm_vision.train.conversations_config import (
+    ConversationConfig,
+    ConversationData,
+    Share,
+    conversation_sources,
+)
 from vlm_vision.train.rules import Rule
 
-Share = Annotated[float, Field(ge=0, le=1)]
+__all__ = ["AlignConfig", "ConversationConfig", "Share", "Stage", "VlmConfig"]
 
 
 def _tower_source(value: Any) -> str | TowerConfig:
@@ -34,7 +40,7 @@ class VlmConfig(Config):
         projector_weights: a projector's folder, a safetensors file, or LLaVA's `mm_projector.bin`.
         llm: folder or hub id of a causal language model of transformers.
         llm_weights: `none` builds the language model from its config, with random weights.
-        chat_template: a .jinja file, in place of the tokenizer's own template.
+        chat_template: plain, v1, llama_2, chatml, qwen, or a .jinja file, in place of the tokenizer's own.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
@@ -45,40 +51,15 @@ class VlmConfig(Config):
     chat_template: str | None = None
 
 
-class ConversationConfig(Config):
-    """Conversations in LLaVA's format.
-
-    Attributes:
-        file: JSON list or JSONL of `{"id", "image", "conversations"}`.
-        image_folder: what the records' `image` is relative to; pictures outside it are refused.
-        follow_links: let links in the image folder lead out of it.
-        separate: learn every question of a record by itself, with its pictures; for questions that do not
-            build on each other. What can be read off an earlier answer teaches nothing about pictures.
-        too_long: what happens to the text of a conversation beyond `max_length`.
-        max_bad_share: records that cannot be used are replaced, counted and listed up to this share.
-        workers: processes that prepare samples; 0 prepares them in the training process.
-        feature_cache: a folder to keep the features of a frozen tower in, which are then computed once, and
-            read from there by every epoch and by later runs with the same tower and pictures.
-    """
-
-    file: str
-    image_folder: str | None = None
-    follow_links: bool = False
-    separate: bool = False
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    max_bad_share: Share = 0.0
-    workers: NonNegativeInt = 1
-    feature_cache: str | None = None
-
-
 class Stage(Config):
     """One stage: what learns, on which data, how long.
 
     Attributes:
         name: of the stage and its folder.
+        data: one source of conversations, or a list of several, mixed by their weights.
         learn: rules over parameter names, which begin with `vision_tower.`, `projector.` or `llm.`.
         lora: settings of the adapters that rules with `learn: lora` put on.
-        chat_template: a .jinja file for this stage alone.
+        chat_template: a name or a .jinja file for this stage alone.
         lr, weight_decay: peak learning rate and decay; a rule may have its own of each.
         schedule: what follows the warm-up: a cosine or a line down to `lr_floor`, or no change.
         warmup: share of the steps with linear warm-up.
@@ -86,6 +67,9 @@ class Stage(Config):
         lr_floor: share of the peak rate that is left at the end.
         epochs, steps: length; one of them.
         batch_size: conversations per optimizer step over all ranks.
+        group_by_length: batches of about one length, of text alone apart from those with pictures.
+        packing: several conversations in a row, up to `max_length` tokens, none of which sees another: the
+            same loss and gradients with less padding.
         micro_batch_size: conversations that a rank runs at once; None means its whole share.
         max_length: tokens of a conversation, its pictures' included.
         zero_stage: what DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 and gradients,
@@ -99,11 +83,13 @@ class Stage(Config):
             (QLoRA, arXiv:2305.14314); takes a GPU and bitsandbytes.
         precision: bf16 computes in bfloat16 and keeps an fp32 copy of what learns.
         activation_checkpointing: recompute the language model's activations in the backward pass.
+        loss_kernel: `chunks` computes the logits of labels a few thousand at a time; `liger` runs
+            liger-kernel's fused kernel, on a GPU.
         save_every: optimizer steps between checkpoints; None saves none within the stage.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-    data: ConversationConfig
+    data: ConversationData
     learn: Annotated[tuple[Rule, ...], Field(min_length=1)]
     lora: LoraConfig = LoraConfig()
     chat_template: str | None = None
@@ -118,6 +104,8 @@ class Stage(Config):
     steps: PositiveInt | None = None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
+    group_by_length: bool = False
+    packing: bool = False
     max_length: PositiveInt = 2048
     grad_clip: PositiveFloat | None = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -127,6 +115,7 @@ class Stage(Config):
     quantise: Literal["none", "nf4"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
+    loss_kernel: Literal["chunks", "liger"] = "chunks"
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
 
@@ -178,6 +167,11 @@ class Stage(Config):
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(total, max(1, math.ceil(self.warmup * total)))
+
+    @property
+    def sources(self) -> tuple[ConversationConfig, ...]:
+        """Where its conversations come from; the first says what is of all."""
+        return conversation_sources(self.data)
 
     def total_steps(self, records: int) -> int:
         """Optimizer steps on a data set; conversations that do not fill an epoch's last batch sit it out."""

@@ -59,8 +59,11 @@ class CompareConfig(AlignConfig):
         stages = [
             stage.model_copy(
                 update={
-                    "data": stage.data.model_copy(
-                        update={"feature_cache": stage.data.feature_cache or feature_cache}
+                    "data": tuple(
+                        source.model_copy(
+                            update={"feature_cache": stage.sources[0].feature_cache or feature_cache}
+                        )
+                        for source in stage.sources
                     )
                 }
             )

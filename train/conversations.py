@@ -1,18 +1,19 @@
-"""Conversations about pictures: LLaVA's JSON in, token ids with labels and pixels out.
+"""Conversations about pictures: records in, token ids with labels and pixels out.
 
-A record is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."},
-{"from": "gpt", "value": "..."}, ...]}`; `image` may be a list, or absent for text alone.
+A record is LLaVA's, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
+"<image>\\n..."}, {"from": "gpt", "value": "..."}, ...]}`, or holds chat `messages` in their place,
+`[{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "..."}]}, ...]`.
+`image` (or `images`) may be a list, or absent for text alone; pictures without a name of their own in
+`messages` are those of `image` in order.
 """
 
 from __future__ import annotations
 
-import codecs
-import copy
-import json
+import base64
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,50 +21,68 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.errors import DataError
 from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.files import is_inside
-from vlm_vision.picture_list import ListedPicture
+from vlm_vision.picture_list import ListedPicture, NamedBytes
 from vlm_vision.preprocess import ImageProcessor, open_image
+from vlm_vision.train.chat_format import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    ChatFormat,
+    Encoded,
+    Instructions,
+    Turn,
+    read_template,
+    stack_instructions,
+)
+from vlm_vision.train.conversations_config import ConversationData, conversation_sources
+from vlm_vision.train.order import EpochOrder, UniformShuffle
+from vlm_vision.train.packing import pack
+from vlm_vision.train.record_files import WITHIN, open_records
 
-IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = -200
-"""Stands for one image token in `input_ids`; LLaVA's IMAGE_TOKEN_INDEX, outside every vocabulary."""
-IGNORE_INDEX = -100
-"""Label of a token that the loss leaves out."""
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TOKEN",
+    "IMAGE_TOKEN_ID",
+    "Batch",
+    "ChatFormat",
+    "ConversationDataset",
+    "Conversations",
+    "Encoded",
+    "Instructions",
+    "MixedConversations",
+    "Record",
+    "Sample",
+    "Turn",
+    "collate",
+    "open_conversations",
+    "parse_record",
+    "read_template",
+    "separate_questions",
+    "stack_instructions",
+]
+
+DATA_URL = "data:"
 
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_CHUNK = 1 << 20
 _KEPT = 2000  # encoded conversations
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What one side says; `kind` is an answer's optional `type`, by which evaluation splits its figures."""
-
-    role: str
-    text: str
-    kind: str | None = None
-
-    @property
-    def words(self) -> str:
-        """The text without the marks of pictures."""
-        return self.text.replace(IMAGE_TOKEN, "").strip()
-
-
-@dataclass(frozen=True)
 class Record:
-    """One conversation and the pictures that its `<image>` marks stand for, in order."""
+    """One conversation and the pictures that its `<image>` marks stand for, in order; and its source."""
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    file: str = ""
 
 
 def separate_questions(record: Record) -> list[Record]:
@@ -74,12 +93,12 @@ def separate_questions(record: Record) -> list[Record]:
     separate = []
     for number, (question, answer) in enumerate(zip(talk[::2], talk[1::2], strict=True)):
         asked = replace(question, text="\n".join(part for part in (marks, question.words) if part))
-        separate.append(Record(f"{record.id}#{number}", record.images, (*system, asked, answer)))
+        separate.append(replace(record, id=f"{record.id}#{number}", turns=(*system, asked, answer)))
     return separate
 
 
 def parse_record(raw: Any, number: int, file: str | Path) -> Record:
-    """Check one LLaVA record. A leading answer or a closing question, which teach nothing, are left out.
+    """Check one record. A leading answer or a closing question, which teach nothing, are left out.
 
     Raises:
         DataError: names the file, the record and what is wrong with it.
@@ -90,21 +109,22 @@ def parse_record(raw: Any, number: int, file: str | Path) -> Record:
         return DataError(f"{file}: record {str(identity)!r}: {what}")
 
     if not isinstance(raw, Mapping):
-        raise wrong(f"must be an object with `conversations`, got {type(raw).__name__}")
-    image = raw.get("image")
-    images = [] if image is None else image if isinstance(image, list) else [image]
-    if not all(isinstance(name, str) and name for name in images):
-        raise wrong(f"`image` must be a file name or a list of them, got {image!r:.80}")
-    spoken = raw.get("conversations")
-    if not isinstance(spoken, list):
-        raise wrong("`conversations` must be a list of turns")
-    turns = []
-    for position, turn in enumerate(spoken):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-            raise wrong(f"turn {position} must hold `from` and `value`")
-        if turn.get("from") not in _ROLES:
-            raise wrong(f"turn {position} is from {turn.get('from')!r}, expected one of {', '.join(_ROLES)}")
-        turns.append(Turn(_ROLES[turn["from"]], turn["value"], turn.get("type")))
+        raise wrong(f"must be an object with `conversations` or `messages`, got {type(raw).__name__}")
+    spoken = {key: raw[key] for key in ("conversations", "messages") if raw.get(key) is not None}
+    if len(spoken) != 1 or not all(isinstance(turns, list) for turns in spoken.values()):
+        raise wrong("`conversations` must be a list of turns, or `messages` in their place")
+    shown = {key: raw[key] for key in ("image", "images") if raw.get(key) is not None}
+    if len(shown) > 1:
+        raise wrong("names pictures twice, in `image` and in `images`")
+    images = [_picture_name(image, wrong) for value in shown.values() for image in _as_list(value)]
+    turns, named = [], list[str]()
+    for position, said in enumerate(*spoken.values()):
+        turn, pictures = (_turn if "conversations" in spoken else _message)(said, position, wrong)
+        turns.append(turn)
+        named += pictures
+    if named and images:
+        raise wrong(f"`messages` name {len(named)} picture(s), and {min(shown)!r} names others")
+    images = named or images
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
     if turns and turns[-1].role == "user":
@@ -112,18 +132,71 @@ def parse_record(raw: Any, number: int, file: str | Path) -> Record:
     talk = [turn.role for turn in turns[turns[0].role == "system" :]] if turns else []
     if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
         raise wrong(f"turns must alternate between human and gpt, got {', '.join(talk) or 'none'}")
-    if any(IMAGE_TOKEN in turn.text for turn in turns if turn.role == "assistant"):
+    answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    if any(IMAGE_TOKEN in turns[place].text for place in answers):
         raise wrong(f"{IMAGE_TOKEN} stands in an answer")
     marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if marks != len(images):
         raise wrong(f"{marks} {IMAGE_TOKEN} in the text, but {len(images)} picture(s)")
-    return Record(str(identity), tuple(images), tuple(turns))
+    return Record(str(identity), tuple(images), tuple(turns), str(file))
+
+
+Wrong = Callable[[str], DataError]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _picture_name(value: Any, wrong: Wrong) -> str:
+    """A path, a `data:` URL or a table's own name for its bytes; a dict names it by one of these keys."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("image", "path", "url", "image_url") if value.get(key)), None)
+        if isinstance(value, Mapping):
+            value = value.get("url")
+    if not (isinstance(value, str) and value):
+        raise wrong(f"`image` must be a file name or a list of them, got {value!r:.80}")
+    return value
+
+
+def _turn(turn: Any, position: int, wrong: Wrong) -> tuple[Turn, list[str]]:
+    """One of LLaVA's `conversations`."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise wrong(f"turn {position} must hold `from` and `value`")
+    if turn.get("from") not in _ROLES:
+        raise wrong(f"turn {position} is from {turn.get('from')!r}, expected one of {', '.join(_ROLES)}")
+    return Turn(_ROLES[turn["from"]], turn["value"], turn.get("type")), []
+
+
+def _message(message: Any, position: int, wrong: Wrong) -> tuple[Turn, list[str]]:
+    """One of a chat's `messages`, and the pictures that its parts name."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str) or role not in _ROLES.values():
+        raise wrong(f"message {position} is by {role!r}, expected one of {', '.join(_ROLES.values())}")
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise wrong(f"message {position}: `content` must be text or a list of parts")
+    text, pictures = "", list[str]()
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in ("image", "image_url"):
+            text += IMAGE_TOKEN
+            if any(part.get(key) for key in ("image", "path", "url", "image_url")):
+                pictures.append(_picture_name(part, wrong))
+        else:
+            raise wrong(f"message {position}: a part must be of type text or image, got {part!r:.80}")
+    return Turn(role, text, message.get("type")), pictures
 
 
 class Conversations(Sequence[Record]):
-    """Records of a JSON list or a JSONL file, all checked once, then read one by one; memory holds offsets.
+    """Records of one source, all checked once, then read one by one; memory holds where they are.
 
     Args:
+        path: as `ConversationConfig.file`.
+        weight: how often an epoch shows each record.
         separate: give every question of a record as a record of its own.
 
     Attributes:
@@ -142,24 +215,24 @@ class Conversations(Sequence[Record]):
         max_bad_share: float = 0.0,
         follow_links: bool = False,
         separate: bool = False,
+        weight: float = 1.0,
     ) -> None:
-        self.path = Path(path)
+        self.path = str(path)
         self.image_folder = None if image_folder is None else Path(image_folder)
         self._real_folder = os.path.realpath(image_folder or os.curdir)
-        self.follow_links, self.separate = follow_links, separate
+        self.follow_links, self.separate, self.weight = follow_links, separate, weight
         self.bad: dict[int, str] = {}
-        # Of every record: where it begins in the file, its bytes, and which of its questions it is.
-        self._starts, self._sizes, self._questions = array("Q"), array("Q"), array("L")
-        if not self.path.is_file():
-            raise DataError(f"conversation file {str(path)!r} does not exist")
+        # Of every record: its number in the file, and which of its questions it is.
+        self._numbers, self._questions = array("Q"), array("L")
+        self._file = open_records(path)
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise DataError(f"image folder {str(image_folder)!r} does not exist")
-        for number, (start, size, raw) in enumerate(_scan(self.path)):
+        for number, raw in enumerate(self._file):
             questions = 1
             try:
                 record = parse_record(raw, number, self.path)
                 for name in record.images:
-                    if not os.path.exists(self._inside(name, record.id)):
+                    if not _is_within(name) and not os.path.exists(self._inside(name, record.id)):
                         raise DataError(
                             f"{path}: record {record.id!r}: picture {name!r} is not in {self.image_folder}"
                         )
@@ -167,39 +240,58 @@ class Conversations(Sequence[Record]):
             except DataError as error:
                 self.bad[len(self)] = str(error)
             for question in range(questions):
-                self._starts.append(start)
-                self._sizes.append(size)
+                self._numbers.append(number)
                 self._questions.append(question)
         if not len(self):
             raise DataError(f"{path} holds no record")
         self.max_bad = int(max_bad_share * len(self))
-        if len(self.bad) > self.max_bad:
-            listed = "\n".join(f"  {reason}" for reason in list(self.bad.values())[:5])
-            raise DataError(
-                f"{path}: {len(self.bad)} of {len(self)} records cannot be used, "
-                f"max_bad_share allows {self.max_bad}:\n{listed}"
-            )
+        self.refuse(self.bad)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._numbers)
+
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """Take these records for bad.
+
+        Raises:
+            DataError: there are more than `max_bad_share` allows; lists the first ones.
+        """
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            raw = json.loads(file.read(self._sizes[index]))
-        record = parse_record(raw, range(len(self))[index], self.path)
+        number = self._numbers[index]
+        record = parse_record(self._file[number], number, self.path)
         return separate_questions(record)[self._questions[index]] if self.separate else record
 
+    @property
+    def epoch_size(self) -> int:
+        """Records that an epoch shows, by the weight."""
+        return self.order(seed=0).size
+
+    def order(self, seed: int) -> EpochOrder:
+        """Which records each epoch shows, and where; a function of the seed alone."""
+        return EpochOrder([UniformShuffle(len(self), seed)], seed, weights=[self.weight])
+
     def readings(self) -> Counter[ListedPicture]:
-        """Every picture that can be read, and by how many records; known by the name that records give."""
+        """Every picture that can be read, and by how many records; known by the name that records give.
+
+        Raises:
+            DataError: pictures have no files of their own.
+        """
         names = Counter[str]()
         for index in range(len(self)):
             if index not in self.bad:
                 names.update(self[index].images)
         readings = Counter[ListedPicture]()
         for name, count in sorted(names.items()):
+            if _is_within(name):
+                raise DataError(
+                    f"{self.path}: picture {name:.40} lies within the data, and features are kept of files "
+                    "alone: leave feature_cache out, or write the pictures to files"
+                )
             with suppress(DataError):  # a picture outside the folder is told of when its record comes up
                 readings[ListedPicture(name, self._resolve(name, ""))] = count
         return readings
@@ -211,9 +303,25 @@ class Conversations(Sequence[Record]):
             DataError: a picture is missing, broken, or lies outside the image folder; names the record.
         """
         try:
-            return [open_image(self._resolve(name, record.id)) for name in record.images]
+            return [open_image(self._source(name, record.id)) for name in record.images]
         except DataError as error:
             raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
+    def check_paths(self, record: Record) -> None:
+        """See that its pictures lie in the image folder, without opening them; raises as `pictures`."""
+        for name in record.images:
+            if not _is_within(name):
+                try:
+                    self._resolve(name, record.id)
+                except DataError as error:
+                    raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
+    def _source(self, name: str, identity: str) -> str | NamedBytes:
+        if name.startswith(WITHIN):
+            return NamedBytes(self._file.picture(name), f"picture {name}")
+        if name.startswith(DATA_URL):
+            return NamedBytes(_decoded(name), f"picture {name:.40}")
+        return self._resolve(name, identity)
 
     def _inside(self, name: str, identity: str) -> str:
         """The path of a picture, which must not lead out of the folder by its wording."""
@@ -236,234 +344,127 @@ class Conversations(Sequence[Record]):
         return path
 
 
-def _scan(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """(first byte, size in bytes, parsed value) of every record, reading the file once in pieces."""
-    with path.open("rb") as file:
-        is_list = file.read(_CHUNK).lstrip()[:1] == b"["
-    yield from _scan_list(path) if is_list else _scan_lines(path)
+class MixedConversations(Sequence[Record]):
+    """Several sources one after another, mixed in an order by their weights.
 
+    A picture is named `source:name`, for sources may have different folders.
 
-def _scan_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield start, len(line), json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}: line {number} is not JSON: {error}") from None
-            start += len(line)
-
-
-def _scan_list(path: Path) -> Iterator[tuple[int, int, Any]]:
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, at, byte = "", 0, 0  # `text[at:]` is not parsed yet, and begins at `byte` of the file
-    count = 0
-    with path.open("rb") as file:
-        while True:
-            stop = at
-            while stop < len(text) and text[stop] in (" \t\r\n," if count else " \t\r\n,["):
-                stop += 1
-            byte, at = byte + stop - at, stop  # what was passed over is ASCII
-            if text[at : at + 1] == "]":
-                return
-            try:
-                raw, end = decoder.raw_decode(text, at)
-            except ValueError as error:
-                more = file.read(_CHUNK)
-                if not more:
-                    raise DataError(f"{path}: is no JSON list after {count} records: {error}") from None
-                try:
-                    text, at = text[at:] + utf8.decode(more), 0
-                except UnicodeDecodeError as wrong:
-                    raise DataError(f"{path}: is not UTF-8: {wrong}") from None
-                continue
-            size = len(text[at:end].encode())
-            yield byte, size, raw
-            byte, at, count = byte + size, end, count + 1
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids with IMAGE_TOKEN_ID for image tokens, labels with IGNORE_INDEX where nothing is learnt."""
-
-    input_ids: list[int]
-    labels: list[int]
-    truncated: bool = False
-
-
-class ChatFormat:
-    """Turns conversations into tokens by a tokenizer's chat template.
-
-    Args:
-        tokenizer: any fast tokenizer of transformers; it is left as it is.
-        tokens_per_image: image tokens that one `<image>` stands for.
-        chat_template: text of a template to use in place of the tokenizer's own.
-
-    Raises:
-        ConfigError: no chat template, or a tokenizer that cannot tell where in the text its tokens lie.
+    Attributes:
+        bad, max_bad: those of all sources.
+        path: of all sources, for titles.
     """
 
-    def __init__(self, tokenizer: Any, tokens_per_image: int, chat_template: str | None = None) -> None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        if not tokenizer.is_fast:
-            raise ConfigError(
-                f"tokenizer {name!r} gives no offsets: a fast tokenizer (tokenizer.json) is needed"
-            )
-        if not (chat_template or tokenizer.chat_template):
-            raise ConfigError(
-                f"tokenizer {name!r} has no chat template: name one by `chat_template`, for example "
-                "configs/chat_templates/vicuna_v1.jinja for a Vicuna"
-            )
-        # The mark becomes a token of a private copy, so that it is cut out cleanly; no vocabulary grows.
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-        if chat_template:
-            self.tokenizer.chat_template = chat_template
-        self.name = name
-        self.tokens_per_image = tokens_per_image
-        self._mark = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._special = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
+    def __init__(self, sources: Sequence[Conversations]) -> None:
+        self.sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+        firsts = [int(end) - len(source) for end, source in zip(self._ends, sources, strict=True)]
+        self.bad = {
+            first + index: reason
+            for first, source in zip(firsts, sources, strict=True)
+            for index, reason in source.bad.items()
+        }
+        self.max_bad = sum(source.max_bad for source in sources)
+        self.path = ", ".join(source.path for source in sources)
+
+    def __len__(self) -> int:
+        """Records, each counted once whatever its weight."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source = self.sources[number]
+        record = source[index - int(self._ends[number]) + len(source)]
+        return replace(record, images=tuple(f"{number}:{name}" for name in record.images))
 
     @property
-    def pad_id(self) -> int:
-        """What fills up short rows; always masked, so any token does where there is no padding token."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+    def epoch_size(self) -> int:
+        """Records that an epoch shows, by the sources' weights."""
+        return self.order(seed=0).size
 
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the end-of-text token and what the template writes after an answer."""
-        answer = "x"
-        ending = self._render([Turn("user", answer), Turn("assistant", answer)]).rpartition(answer)[2]
-        ids = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
-        turn_end = [token for token in ids if token in self._special][:1] or ids[:1]
-        end_of_text = self.tokenizer.eos_token_id
-        return sorted({*turn_end, *([] if end_of_text is None else [end_of_text])})
-
-    def encode(
-        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
-    ) -> Encoded:
-        """Tokens of a whole conversation; its answers, each with its end-of-turn token, are the labels.
-
-        Rendering up to and through every answer shows where in the text it lies. The text is tokenized only
-        as a whole, and a token is a label when it holds a character of an answer.
-
-        Raises:
-            ConfigError: the template writes a turn differently when more follows.
-            DataError: too long, or no label left.
-        """
-        text = self._render(turns)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        learnt = np.zeros(len(starts), dtype=bool)
-        for first, last in self._answers(turns, text):
-            learnt |= (ends > first) & (starts < last)
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        labels = np.where(learnt, ids, IGNORE_INDEX)
-        ids, labels = self._expand(ids, labels)
-        if len(ids) <= max_length:
-            return self._with_labels(Encoded(ids.tolist(), labels.tolist()))
-        if too_long == "refuse":
-            raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
-        if (ids[max_length:] == IMAGE_TOKEN_ID).any():
-            raise DataError(f"max_length {max_length} would cut off a picture: {len(ids)} tokens")
-        return self._with_labels(
-            Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), truncated=True)
+    def order(self, seed: int) -> EpochOrder:
+        """Which records each epoch shows, and where; a function of the seed alone."""
+        return EpochOrder(
+            [UniformShuffle(len(source), seed, number) for number, source in enumerate(self.sources)],
+            seed,
+            weights=[source.weight for source in self.sources],
         )
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens up to where an answer is to begin."""
-        text = self._render(turns, add_generation_prompt=True)
-        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        return list(self._expand(ids, ids)[0].tolist())
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """As `Conversations.refuse`, of all sources together."""
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
 
-    def _answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
-        """First and last character of every answer with its end of turn."""
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._render(turns[:index], add_generation_prompt=True)
-            through = text if index + 1 == len(turns) else self._render(turns[: index + 1])
-            if not (through.startswith(before) and text.startswith(through)):
-                raise ConfigError(
-                    f"the chat template of {self.name!r} writes turn {index} differently once more "
-                    "turns follow, so answers cannot be told from questions; name another by `chat_template`"
-                )
-            yield len(before), len(self._without_layout(through))
+    def check_paths(self, record: Record) -> None:
+        """As `Conversations.check_paths`."""
+        for source, own in self._by_source(record):
+            source.check_paths(own)
 
-    def _without_layout(self, text: str) -> str:
-        """The text without white space after a closing special token, which is layout."""
-        stripped = text.rstrip()
-        return stripped if stripped.endswith(tuple(self._special.values())) else text
+    def readings(self) -> Counter[ListedPicture]:
+        """As `Conversations.readings`."""
+        return Counter(
+            {
+                picture._replace(name=f"{number}:{picture.name}"): count
+                for number, source in enumerate(self.sources)
+                for picture, count in source.readings().items()
+            }
+        )
 
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        messages = [{"role": turn.role, "content": _picture_first(turn.text)} for turn in turns]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {self.name!r} refuses a conversation: {error}"
-            ) from error
-        return str(text)
+    def pictures(self, record: Record) -> list[Image.Image]:
+        """As `Conversations.pictures`."""
+        return [picture for source, own in self._by_source(record) for picture in source.pictures(own)]
 
-    def _expand(self, ids: Any, labels: Any) -> tuple[Any, Any]:
-        """Every mark becomes `tokens_per_image` image tokens."""
-        marks = ids == self._mark
-        repeats = np.where(marks, self.tokens_per_image, 1)
-        ids, labels = np.where(marks, IMAGE_TOKEN_ID, ids), np.where(marks, IGNORE_INDEX, labels)
-        return np.repeat(ids, repeats), np.repeat(labels, repeats)
-
-    @staticmethod
-    def _with_labels(encoded: Encoded) -> Encoded:
-        if all(label == IGNORE_INDEX for label in encoded.labels[1:]):  # the first token is never predicted
-            raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
-        return encoded
+    def _by_source(self, record: Record) -> Iterator[tuple[Conversations, Record]]:
+        """Each picture as a record's only one, with its source."""
+        for image in record.images:
+            number, _, name = image.partition(":")
+            yield self.sources[int(number)], replace(record, images=(name,))
 
 
-class Instructions:
-    """What is asked about a picture, as the tokens that an instruction-aware projector reads.
-
-    Args:
-        tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.
-        max_length: tokens that are kept.
-    """
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-
-    def __call__(self, turns: Sequence[Turn]) -> Tensor:
-        """Tokens [T] of the user's turns without the marks of pictures; one at least, whatever it is."""
-        asked = "\n".join(turn.words for turn in turns if turn.role == "user")
-        ids = self.tokenizer(asked, truncation=True, max_length=self.max_length)["input_ids"]
-        return torch.tensor(ids or [0])
-
-
-def stack_instructions(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`text_ids` and `text_mask` [P,T] of the instruction of each picture."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = pad_sequence(list(rows), batch_first=True)
-    return {"text_ids": ids, "text_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-
-def read_template(path: str | Path) -> str:
-    """Text of a chat template.
+def open_conversations(data: ConversationData) -> Conversations | MixedConversations:
+    """The conversations of a stage, all checked.
 
     Raises:
-        ConfigError: no such file.
+        DataError: as `Conversations`.
+        MissingExtraError: parquet files or a hub data set without the packages that read them.
     """
+    sources = [
+        Conversations(
+            node.file,
+            node.image_folder,
+            max_bad_share=node.max_bad_share,
+            follow_links=node.follow_links,
+            separate=node.separate,
+            weight=node.weight,
+        )
+        for node in conversation_sources(data)
+    ]
+    return sources[0] if len(sources) == 1 else MixedConversations(sources)
+
+
+def _check_share(path: str, bad: Mapping[int, str], count: int, allowed: int) -> None:
+    if len(bad) > allowed:
+        listed = "\n".join(f"  {reason}" for reason in list(bad.values())[:5])
+        raise DataError(
+            f"{path}: {len(bad)} of {count} records cannot be used, max_bad_share allows {allowed}:\n{listed}"
+        )
+
+
+def _is_within(name: str) -> bool:
+    """Whether a picture lies in the data itself."""
+    return name.startswith((WITHIN, DATA_URL))
+
+
+def _decoded(url: str) -> bytes:
+    head, _, content = url.partition(",")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"chat_template {str(path)!r} cannot be read: {error}") from error
-
-
-def _picture_first(text: str) -> str:
-    """A turn's only picture goes before its words, as LLaVA trains (`train.py`, `preprocess_multimodal`)."""
-    if text.count(IMAGE_TOKEN) != 1:
-        return text
-    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+        if not head.endswith(";base64"):
+            raise ValueError("not base64")
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise DataError(f"picture {url:.40} is no base64 data URL ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -494,7 +495,7 @@ class Sample:
 
 
 class ConversationDataset(Dataset[Sample]):
-    """Samples of a conversation file. A bad record is replaced by the next good one, the same at every visit.
+    """Samples of conversations. A bad record is replaced by the next good one, the same at every visit.
 
     Args:
         features: patches by the name of the picture, in place of pixels; a picture that has none is bad.
@@ -506,7 +507,7 @@ class ConversationDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        conversations: Conversations,
+        conversations: Conversations | MixedConversations,
         chat: ChatFormat,
         image_processor: ImageProcessor,
         *,
@@ -524,8 +525,8 @@ class ConversationDataset(Dataset[Sample]):
         return len(self.conversations)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Sample]:
-        """Samples of (epoch, index) keys; a conversation is the same in every epoch."""
-        return [self[index] for _, index in keys]
+        """Samples of (epoch, draw) keys; a conversation is the same in every epoch."""
+        return [self[draw % len(self)] for _, draw in keys]
 
     def __getitem__(self, index: int) -> Sample:
         replaced: list[tuple[int, str]] = []
@@ -545,7 +546,7 @@ class ConversationDataset(Dataset[Sample]):
         try:
             encoded = self._encode(record.turns)
         except DataError as error:
-            raise DataError(f"{self.conversations.path}: record {record.id!r}: {error}") from error
+            raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
@@ -564,7 +565,7 @@ class ConversationDataset(Dataset[Sample]):
         for name in record.images:
             if name not in features:
                 self.conversations.pictures(record)  # says what is wrong with it
-                raise DataError(f"{self.conversations.path}: {name!r} has no features in {features.folder}")
+                raise DataError(f"{record.file}: {name!r} has no features in {features.folder}")
         rows = [features[name] for name in record.images]
         return torch.stack(rows) if rows else torch.empty(0, *features.manifest.shape)
 
@@ -579,10 +580,11 @@ class ConversationDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples padded on the right to the longest.
+    """Samples padded on the right to the longest, one in a row or, packed, several.
 
     Attributes:
-        input_ids, attention_mask, labels: [B,T].
+        input_ids, attention_mask, labels: [B,T]; packed, the mask counts the samples of a row from 1.
+        position_ids: [B,T], anew with each sample; None where they are not packed.
         pixels: [P,3,H,W], pictures of all samples in order, or None.
         patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
         text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
@@ -597,6 +599,14 @@ class Batch:
     text: dict[str, Tensor] | None
     replaced: tuple[tuple[int, str], ...]
     truncated: int
+    position_ids: Tensor | None = None
+    padded_positions: int = 0
+    """Places that the samples would take one in a row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Places that hold no padding."""
+        return int((self.attention_mask > 0).sum())
 
     @property
     def num_labels(self) -> int:
@@ -604,9 +614,28 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad and stack samples."""
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) -> Batch:
+    """Pad and stack samples.
+
+    Args:
+        pack_to: put several samples into a row, of so many tokens at most; its first token is never learnt.
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
+    rows = [[place] for place in range(len(samples))]
+    if pack_to is not None:
+        rows = pack([len(sample.input_ids) for sample in samples], pack_to)
+        samples = [samples[place] for row in rows for place in row]  # pictures in the order of the rows
+    members, at = [], 0
+    for row in rows:
+        members.append(samples[at : at + len(row)])
+        at += len(row)
+    ids = [torch.cat([sample.input_ids for sample in row]) for row in members]
+    labels = [torch.cat([_without_first(sample.labels) for sample in row]) for row in members]
+    numbers = [
+        torch.cat([torch.full_like(sample.input_ids, n) for n, sample in enumerate(row, start=1)])
+        for row in members
+    ]
+    positions = [torch.cat([torch.arange(len(sample.input_ids)) for sample in row]) for row in members]
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
     instructions = [
@@ -615,14 +644,20 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         if sample.instruction is not None
         for _ in range(sample.num_pictures)
     ]
-    input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        attention_mask=pad_sequence(numbers, batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         pixels=torch.cat(pictures) if pictures else None,
         patches=torch.cat(patches) if patches else None,
         text=stack_instructions(instructions) if instructions else None,
         replaced=tuple(entry for sample in samples for entry in sample.replaced),
         truncated=sum(sample.truncated for sample in samples),
+        position_ids=None if pack_to is None else pad_sequence(positions, batch_first=True),
+        padded_positions=longest * len(samples),
     )
+
+
+def _without_first(labels: Tensor) -> Tensor:
+    """Labels of a sample, the first of which nothing before it predicts."""
+    return torch.cat([labels.new_full((1,), IGNORE_INDEX), labels[1:]])

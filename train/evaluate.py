@@ -71,7 +71,7 @@ def answer_questions(
             batch = asked[first : first + batch_size]
             pictures = [picture for record, _ in batch for picture in conversations.pictures(record)]
             pixels = model.vision_tower.image_processor(pictures) if pictures else None
-            spoken = model.generate(pixels, [record.turns for record, _ in batch], max_new_tokens)
+            spoken = model.answer(pixels, [record.turns for record, _ in batch], max_new_tokens)
             answers += [
                 Answer(record.id, record.images, record.turns[-1].words, truth.text, said, truth.kind)
                 for (record, truth), said in zip(batch, spoken, strict=True)

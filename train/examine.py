@@ -150,7 +150,7 @@ def _answer_results(
         for batch in _batches(questions, batch_size):
             pictures = [picture for question in batch for picture in questions.pictures(question)]
             pixels = model.vision_tower.image_processor(pictures) if pictures else None
-            said = model.generate(pixels, [question.turns for question in batch], max_new_tokens)
+            said = model.answer(pixels, [question.turns for question in batch], max_new_tokens)
             results += [
                 _graded(questions.kind, question, answer)
                 for question, answer in zip(batch, said, strict=True)

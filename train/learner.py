@@ -20,7 +20,13 @@ from vlm_vision.train.depth import depths, has_batch_statistics, text_blocks, vi
 from vlm_vision.train.embedding_cache import EmbeddingCache
 from vlm_vision.train.gradient_cache import LOCAL, Outputs, cached_backward
 from vlm_vision.train.objective import Objective
-from vlm_vision.train.optim import build_optimizer, parameter_groups, warmup_cosine, warmup_steps
+from vlm_vision.train.optim import (
+    build_optimizer,
+    continue_schedule,
+    parameter_groups,
+    warmup_cosine,
+    warmup_steps,
+)
 from vlm_vision.train.pairs import Batch
 from vlm_vision.train.parallel import (
     Parallel,
@@ -318,7 +324,7 @@ class Learner:
         state: dict[str, Any] = {
             **self.weights(),
             "optimizer": optimizer_state(self.optimizer, self._learning()),
-            "progress": {"schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict()},
+            "progress": {"steps": self.schedule.last_epoch, "scaler": self.scaler.state_dict()},
         }
         if self.objective.patch_head is not None:
             head = self.objective.patch_head.state_dict()
@@ -362,9 +368,7 @@ class Learner:
         kept = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         load_optimizer(self.optimizer, self._learning(), kept)
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        self.schedule.load_state_dict(progress["schedule"])
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+        continue_schedule(self.schedule, progress["steps"])
         self.scaler.load_state_dict(progress["scaler"])
 
     def train_mode(self) -> None:

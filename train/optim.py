@@ -132,6 +132,19 @@ def warmup_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def continue_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Put a schedule, and its optimizer's rates, where they are after `steps` of them.
+
+    torch's own way, `load_state_dict`, brings in rates of the groups that were saved, and FSDP has others.
+    """
+    rates = [
+        base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.last_epoch, schedule._last_lr = steps, rates
+
+
 def trainable_summary(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Per top-level part: (parameters that learn, all parameters)."""
     summary: dict[str, tuple[int, int]] = {}

@@ -17,18 +17,18 @@ from vlm_vision.picture_list import ListedPicture
 from vlm_vision.progress import progress_bar
 from vlm_vision.tower import VisionTower
 from vlm_vision.train.align_config import Stage
-from vlm_vision.train.conversations import Conversations
+from vlm_vision.train.conversations import Conversations, MixedConversations
 from vlm_vision.weights import fingerprint
 
 _SAMPLE = 64  # pictures that the speed of reading back is measured on
 
 
 def kept_features(
-    tower: VisionTower, conversations: Conversations, stage: Stage, steps: int
+    tower: VisionTower, conversations: Conversations | MixedConversations, stage: Stage, steps: int
 ) -> FeatureShards | None:
     """Features of all pictures of a stage, computed where they are not there yet; every rank must ask.
 
-    They lie in `stage.data.feature_cache`, in a folder named by a hash of the tower's weights, precision,
+    They lie in the stage's `feature_cache`, in a folder named by a hash of the tower's weights, precision,
     layers and preprocessing, and of the pictures' names and bytes: what is there is never out of date.
 
     Returns:
@@ -36,9 +36,9 @@ def kept_features(
 
     Raises:
         ConfigError: the tower learns, so that its features change.
-        DataError: a disk that is too small, or features that are damaged.
+        DataError: pictures without files of their own, a disk that is too small, or damaged features.
     """
-    assert stage.data.feature_cache is not None
+    assert stage.sources[0].feature_cache is not None
     if any(parameter.requires_grad for parameter in tower.parameters()):
         raise ConfigError(
             f"stage {stage.name!r}: feature_cache keeps the features of a frozen tower, and this one learns; "
@@ -46,11 +46,11 @@ def kept_features(
         )
     is_main = dist.get_rank() == 0
     readings = conversations.readings() if is_main else Counter[ListedPicture]()
-    share = steps * stage.batch_size / len(conversations)  # of an epoch
+    share = steps * stage.batch_size / conversations.epoch_size  # of an epoch
     times = share * readings.total() / len(readings) if readings else 0.0
     found: list[Path | None] = [None]
     if is_main and readings:
-        folder = Path(stage.data.feature_cache) / _content_key(tower, list(readings))
+        folder = Path(stage.sources[0].feature_cache) / _content_key(tower, list(readings))
         if times > 1 or (folder / INDEX_FILE).is_file():
             found = [folder]
         else:
@@ -60,7 +60,7 @@ def kept_features(
         return None
     tower.eval()
     made = extract_features(
-        tower, list(readings), found[0], max_bad_share=1.0, workers=stage.data.workers or None
+        tower, list(readings), found[0], max_bad_share=1.0, workers=stage.sources[0].workers or None
     )
     dist.barrier()
     features = FeatureShards(found[0])

@@ -19,12 +19,12 @@ from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.tower import describe_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.contrastive_config import ContrastiveConfig
-from vlm_vision.train.conversations import Conversations
+from vlm_vision.train.conversations import open_conversations
 from vlm_vision.train.optim import set_learning, trainable_summary
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.prepared import prepare_model
-from vlm_vision.train.sources import is_there
+from vlm_vision.train.sources import find_files, is_there
 from vlm_vision.train.vlm import embedding_width, load_llm, token_grid, with_vocabulary
 
 Precision = Literal["fp32", "bf16", "autocast"]
@@ -150,11 +150,12 @@ def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = Non
         _check_lengths(stage, tokens_per_image, model["llm"])
         set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
+        files = ", ".join(source.file for source in stage.sources)
         stages.append(
             StagePlan(
                 name=f"stage {stage.name!r}",
                 settings=f"batch {stage.batch_size}, ZeRO-{stage.zero_stage}, {stage.precision}",
-                length=_length(stage.steps, stage.epochs, stage.batch_size, count, stage.data.file),
+                length=_length(stage.steps, stage.epochs, stage.batch_size, count, files),
                 steps=None if stage.steps is None and count is None else stage.total_steps(count or 0),
                 tokens_per_step=stage.batch_size * stage.max_length,
                 parts=_parts(model, stage.zero_stage, world, stage.precision),
@@ -173,6 +174,11 @@ def check_fit(config: AlignConfig) -> None:
     model, tokens_per_image = _vision_language_model(config.model)
     for stage in config.stages:
         _check_lengths(stage, tokens_per_image, model["llm"])
+
+
+def tokens_per_image(config: VlmConfig) -> int:
+    """Tokens that one picture takes, told without a weight; raises as `check_fit`."""
+    return _vision_language_model(config)[1]
 
 
 def _check_lengths(stage: Stage, tokens_per_image: int, llm: Any) -> None:
@@ -279,18 +285,9 @@ def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) 
 
 
 def _count_conversations(stage: Stage, records: int | None) -> int | None:
-    data = stage.data
-    if not Path(data.file).exists():
+    if not all(find_files(source.file) for source in stage.sources):
         return records
-    return len(
-        Conversations(
-            data.file,
-            data.image_folder,
-            max_bad_share=data.max_bad_share,
-            follow_links=data.follow_links,
-            separate=data.separate,
-        )
-    )
+    return open_conversations(stage.data).epoch_size
 
 
 def _length(steps: int | None, epochs: float | None, batch_size: int, count: int | None, path: str) -> str:

@@ -21,7 +21,13 @@ from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
 from vlm_vision.train.contrastive import TERMINATED, Meter, Terminated
 from vlm_vision.train.embedding_cache import EmbeddingCache
 from vlm_vision.train.held_out import open_captioned
-from vlm_vision.train.optim import build_optimizer, parameter_groups, warmup_cosine, warmup_steps
+from vlm_vision.train.optim import (
+    build_optimizer,
+    continue_schedule,
+    parameter_groups,
+    warmup_cosine,
+    warmup_steps,
+)
 from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import (
     Parallel,
@@ -159,6 +165,9 @@ def _train(learner: Learner, run: Run, pairs: Pairs, start: int) -> dict[str, fl
                 bar.set_postfix(loss=f"{result.values['loss']:.3f}", refresh=False)
                 scale = float(learner.model.logit_scale.detach().exp())
                 run.log(step, **result.values, lr=lr, logit_scale=scale, **meter.rates())
+            every = config.validation.every
+            if every and step % every == 0 and not (is_last or must_stop):
+                run.log(step, **learner.validate())
             must_save = config.save_every is not None and step % config.save_every == 0
             if (must_save or must_stop) and not is_last and run.is_main:
                 state = learner.state()
@@ -174,9 +183,6 @@ def _train(learner: Learner, run: Run, pairs: Pairs, start: int) -> dict[str, fl
                 if run.is_main:
                     print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
                 raise SystemExit(TERMINATED)
-            every = config.validation.every
-            if every and step % every == 0 and not is_last:
-                run.log(step, **learner.validate())
             meter.start()
     if meter.truncated and run.is_main:
         print(
@@ -333,7 +339,5 @@ class Learner:
             raise ConfigError(f"{folder}: another model learnt there than in this config: {error}") from error
         kept = torch.load(folder / "optimizer.pt", map_location=self.ranks.device, weights_only=True)
         load_optimizer(self.optimizer, dict(self.model.named_parameters()), kept)
-        self.schedule.last_epoch = (
-            json.loads((folder / "progress.json").read_text(encoding="utf-8"))["steps"] - 1
-        )
-        self.schedule.step()
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        continue_schedule(self.schedule, progress["steps"])

@@ -347,7 +347,7 @@ def _load_table(config: PairsConfig) -> tuple[datasets.Dataset, Mapping[int, str
 
     datasets.disable_progress_bars()
     if config.path.startswith(HUB):
-        return _load_hub(config.path), {}
+        return load_hub(config.path), {}
     path = Path(config.path)
     if path.is_dir():
         files = sorted(map(str, path.glob("*.parquet")))
@@ -366,7 +366,7 @@ def _load_table(config: PairsConfig) -> tuple[datasets.Dataset, Mapping[int, str
     (kind,) = kinds
     assert kind is not None
     try:
-        return _load_files(files, kind), {}
+        return load_files(files, kind), {}
     except DataError:
         if kind == "parquet":
             raise
@@ -379,10 +379,15 @@ def _load_table(config: PairsConfig) -> tuple[datasets.Dataset, Mapping[int, str
             f"{config.path}: cannot be read as {kind}: {next(iter(malformed.values()))}{more}: mend them, or "
             "raise max_bad_share to leave them out"
         )
-    return _load_files([_copy_without(files[0], kind, malformed)], kind), malformed
+    return load_files([_copy_without(files[0], kind, malformed)], kind), malformed
 
 
-def _load_files(files: Sequence[str], kind: str) -> datasets.Dataset:
+def load_files(files: Sequence[str], kind: str) -> datasets.Dataset:
+    """Files of one kind as a table that is memory-mapped.
+
+    Raises:
+        DataError: one cannot be read as that.
+    """
     import datasets
 
     options = _csv_options(Path(files[0])) if kind == "csv" else {}
@@ -395,7 +400,7 @@ def _load_files(files: Sequence[str], kind: str) -> datasets.Dataset:
         raise DataError(f"{files[0]}: cannot be read as {kind}: {cause}") from error
 
 
-def _load_hub(path: str) -> datasets.Dataset:
+def load_hub(path: str) -> datasets.Dataset:
     """`hub:owner/name`, `hub:owner/name:subset`, each with `@split`; a local folder is named the same way."""
     import datasets
 

@@ -1,20 +1,34 @@
-"""The vision-language model: tower, projector and any causal language model of transformers."""
+"""The vision-language model: tower, projector and any causal language model of transformers.
+
+Importing this module registers it with `AutoModelForImageTextToText`, `AutoConfig` and `AutoProcessor`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_utils
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    TextIteratorStreamer,
+)
+from transformers.utils import ModelOutput
 
 from vlm_vision.adapters.build import load_projector, save_projector
 from vlm_vision.adapters.config import Grid, ProjectorConfig
@@ -32,36 +46,42 @@ from vlm_vision.train.conversations import (
     Turn,
     stack_instructions,
 )
+from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
+from vlm_vision.train.packing import attention_inputs
+from vlm_vision.train.vlm_import import FOREIGN, check_loaded, read_parts
+from vlm_vision.train.vlm_processor import MODEL_TYPE, TOKENIZER_FOLDER, VisionLanguageConfig
 
-MODEL_TYPE = "vlm_vision_language_model"
-TOKENIZER_FOLDER = "tokenizer"
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
-# Whether a mask [B,T] says which logits to keep; transformers 5.20, the last for Python 3.10, takes columns.
-KEEPS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
+# What auto classes of transformers hand to `from_pretrained`, whoever asks.
+PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
 
 
 @dataclass
-class VlmOutput:
+class VlmOutput(ModelOutput):  # type: ignore[misc]
     """What a forward pass gives.
 
     Attributes:
         loss: mean cross entropy of the label tokens, fp32; None without labels.
-        logits: [B,T,V] without labels; [K,V] with them, of the K positions that predict a label.
+        logits: [B,T,V]; None with labels, where they are never held as a whole.
     """
 
-    loss: Float[Tensor, ""] | None
-    logits: Tensor
+    loss: Float[Tensor, ""] | None = None
+    logits: Tensor | None = None
 
 
-class VisionLanguageModel(nn.Module):
+class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """Pictures and text in, text out. A picture's tokens take the places of IMAGE_TOKEN_ID in `input_ids`.
+
+    A model of transformers: AutoModelForImageTextToText loads what `save_pretrained` wrote, AutoProcessor
+    gives the inputs of `generate`. The parts are made elsewhere and keep their weights as they are.
 
     Attributes:
         vision_tower, projector, llm: the three parts; parameter names begin with these.
         tokenizer: the language model's, with the chat template that conversations are written by.
         instructions: what a projector that reads text is given; None for others. Its tokenizer is
             `text_tokenizer`, or the one that the projector's config names, or the language model's.
+        loss_kernel: how the loss is computed, as of `train.label_loss`.
 
     Raises:
         ConfigError: widths that do not fit, a tokenizer without chat template, one with more tokens than a
@@ -70,6 +90,16 @@ class VisionLanguageModel(nn.Module):
     """
 
     llm: Any
+    loss_kernel: LossKernel = "chunks"
+    config_class = VisionLanguageConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The language model chooses its kernels; refusing a name here would deny it to that.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -79,7 +109,7 @@ class VisionLanguageModel(nn.Module):
         tokenizer: Any,
         text_tokenizer: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(VisionLanguageConfig(parts=list(PARTS), text_config=llm.config))
         vision_tower.image_processor.check_one_size("a vision-language model")
         self.vision_tower, self.projector, self.llm = vision_tower, projector, llm
         self.tokenizer = tokenizer
@@ -91,11 +121,30 @@ class VisionLanguageModel(nn.Module):
             )
         self.chat = ChatFormat(tokenizer, self.tokens_per_image)
         self.instructions = _instructions(projector, text_tokenizer, tokenizer)
+        self.config.image_token_id = self.chat.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.generation_config = llm.generation_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.llm.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.llm.get_output_embeddings()
+        return embeddings
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens that one picture takes in the language model."""
         return self.projector.tokens_out(token_grid(self.vision_tower))
+
+    def use_loss_kernel(self, kernel: LossKernel) -> None:
+        """Choose how the loss is computed.
+
+        Raises:
+            MissingExtraError, ConfigError: it cannot be here, see `train.label_loss.check_kernel`.
+        """
+        check_kernel(kernel, self.llm)
+        self.loss_kernel = kernel
 
     def part(self, name: Part) -> nn.Module:
         """A part by the name of its folder."""
@@ -115,8 +164,10 @@ class VisionLanguageModel(nn.Module):
         label_count: float | None = None,
         patches: Float[Tensor, "p n d"] | None = None,
         text: Mapping[str, Tensor] | None = None,
+        pixel_values: Float[Tensor, "p 3 h w"] | None = None,
+        position_ids: Int[Tensor, "b t"] | None = None,
     ) -> VlmOutput:
-        """Next-token logits, and their loss where labels are given.
+        """Next-token logits, or with labels their loss.
 
         Args:
             labels: IGNORE_INDEX where nothing is learnt; shifted here, as transformers does.
@@ -126,31 +177,27 @@ class VisionLanguageModel(nn.Module):
             patches: what the tower makes of the pictures, where that is kept; then it is not run.
             text: `text_ids` and `text_mask` [P,T] of the pictures, for a projector that reads text; see
                 `asked`.
+            pixel_values: what transformers calls `pixels`; one of the two.
+            position_ids: of packed rows, whose attention mask counts conversations; see train/packing.py.
 
         Raises:
             DataError: image tokens and pictures do not match.
         """
-        inputs = {
-            "inputs_embeds": self.embed(input_ids, pixels, patches, text),
-            "attention_mask": attention_mask,
-            "use_cache": False,
-        }
+        pixels = pixel_values if pixels is None else pixels
+        embeddings = self.embed(input_ids, pixels, patches, text)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
+        if position_ids is not None:
+            inputs = attention_inputs(self.llm, embeddings, attention_mask, position_ids)
+            if labels is not None:
+                labels = labels.reshape(inputs["inputs_embeds"].shape[:2])
+        inputs["use_cache"] = False
         if labels is None:
             return VlmOutput(None, self.llm(**inputs).logits)
         targets = labels[:, 1:]
         learnt = targets != IGNORE_INDEX
-        logits = self._label_logits(inputs, F.pad(learnt, (0, 1)))
-        total = F.cross_entropy(logits.float(), targets[learnt], reduction="sum")
-        return VlmOutput(total / (len(logits) if label_count is None else label_count), logits)
-
-    def _label_logits(self, inputs: dict[str, Any], keep: Bool[Tensor, "b t"]) -> Float[Tensor, "k v"]:
-        """Logits of the positions to keep alone, row by row."""
-        if KEEPS_BY_ROW:
-            logits: Tensor = self.llm(**inputs, logits_to_keep=keep).logits
-            return logits
-        columns = keep.any(dim=0).nonzero().flatten()
-        logits = self.llm(**inputs, logits_to_keep=columns).logits
-        return logits[keep[:, columns]]
+        wanted = targets[learnt]
+        total = label_loss(self.llm, inputs, F.pad(learnt, (0, 1)), wanted, self.loss_kernel)
+        return VlmOutput(total / (len(wanted) if label_count is None else label_count))
 
     def embed(
         self,
@@ -165,7 +212,7 @@ class VisionLanguageModel(nn.Module):
         the same modules in the same order, without which ZeRO's collectives would not pair up. So where a
         tower's features are kept, text alone comes with `patches` of no picture.
         """
-        is_image = input_ids == IMAGE_TOKEN_ID
+        is_image = (input_ids == IMAGE_TOKEN_ID) | (input_ids == self.config.image_token_id)
         embeddings: Tensor = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         given = pixels if patches is None else patches
         slots, pictures = int(is_image.sum()), 0 if given is None else len(given)
@@ -221,6 +268,54 @@ class VisionLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(
         self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"] | None = None,
+        pixel_values: Float[Tensor, "p 3 h w"] | None = None,
+        text: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Tokens of prompts and what follows, as transformers' `generate` gives them: one batch, cached.
+
+        The language model's own `generate` does the work; a penalty on repeated tokens therefore knows of the
+        answer alone.
+
+        Args:
+            input_ids: prompts padded on the left, as our processor makes them.
+            pixel_values: the pictures of all prompts in order.
+            text: as of `forward`.
+            options: of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, `streamer`,
+                `return_dict_in_generate`; without a `generation_config` the model's own, ending where
+                answers of its chat template end.
+
+        Returns:
+            [B,T+N], or its output object with them as `sequences`.
+
+        Raises:
+            DataError: image tokens and pictures do not match.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            given = None if pixel_values is None else pixel_values.to(input_ids.device)
+            ends = {"eos_token_id": self.chat.stop_ids, "pad_token_id": self.chat.pad_id}
+            own = {} if "generation_config" in options else ends
+            settings = {"generation_config": self.generation_config, **own, "use_cache": True, **options}
+            output = self.llm.generate(
+                inputs_embeds=self.embed(input_ids, given, text=text), attention_mask=mask, **settings
+            )
+        finally:
+            self.train(was_training)
+        new = output if isinstance(output, Tensor) else output.sequences
+        prompts = input_ids.repeat_interleave(len(new) // len(input_ids), dim=0)
+        sequences = torch.cat([prompts, new], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def answer(
+        self,
         pixels: Float[Tensor, "p 3 h w"] | None,
         prompts: Sequence[str | Sequence[Turn]],
         max_new_tokens: int = 64,
@@ -247,24 +342,50 @@ class VisionLanguageModel(nn.Module):
         device = next(self.llm.parameters()).device
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        was_training = self.training
-        self.eval()
-        try:
-            generated = self.llm.generate(
-                inputs_embeds=self.embed(
-                    input_ids, None if pixels is None else pixels.to(device), text=self.asked(talks)
-                ),
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=self.chat.stop_ids,
-                use_cache=True,
-                **{"do_sample": False, **options},
-            )
-        finally:
-            self.train(was_training)
-        answers = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        generated = self.generate(
+            input_ids,
+            mask,
+            pixels,
+            self.asked(talks),
+            max_new_tokens=max_new_tokens,
+            **{"do_sample": False, **options},
+        )
+        answers = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+    def stream(
+        self,
+        pixels: Float[Tensor, "p 3 h w"] | None,
+        prompt: str | Sequence[Turn],
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Pieces of one answer as they come, word by word; together they are what `answer` gives.
+
+        Arguments and errors are those of `answer`.
+        """
+        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                self.answer(pixels, [prompt], max_new_tokens, streamer=streamer, **options)
+            except Exception as error:  # raised where the pieces are read
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        begun, held = False, ""  # white space at both ends is no part of an answer
+        for piece in streamer:
+            text = held + piece if begun else piece.lstrip()
+            begun = begun or bool(text)
+            held = text[len(text.rstrip()) :]
+            if text.rstrip():
+                yield text.rstrip()
+        thread.join()
+        if failed:
+            raise failed[0]
 
     def asked(self, talks: Sequence[Sequence[Turn]]) -> dict[str, Tensor] | None:
         """The `text` of the pictures of some conversations; None where the projector reads none."""
@@ -292,7 +413,11 @@ class VisionLanguageModel(nn.Module):
         Raises:
             WeightsError: a tensor is empty, or one did not reach the file.
         """
-        config = {"model_type": MODEL_TYPE, "parts": [part for part in PARTS if part in parts]}
+        config = {
+            "model_type": MODEL_TYPE,
+            "architectures": [type(self).__name__],
+            "parts": [part for part in PARTS if part in parts],
+        }
         with whole_folder(folder) as partial:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if "tower" in parts:
@@ -307,18 +432,37 @@ class VisionLanguageModel(nn.Module):
                 self.tokenizer.save_pretrained(partial / "llm")
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: torch.dtype | None = None) -> VisionLanguageModel:
-        """Load a folder or hub id that `save_pretrained` wrote, in eval mode.
+    def from_pretrained(
+        cls, source: str | Path, *, dtype: torch.dtype | str | None = None, **loading: Any
+    ) -> VisionLanguageModel:
+        """Load a folder or hub id, in eval mode.
+
+        It is one that `save_pretrained` wrote, a `LlavaForConditionalGeneration` of transformers (llava-hf),
+        or a model of LLaVA's own code.
 
         Args:
-            dtype: of all parts; by default each as it was saved.
+            dtype: of all parts, or its name; by default, and with `auto`, each as it was saved.
+            loading: what transformers' auto classes pass on; any other option is refused.
 
         Raises:
-            ConfigError: no such model, or a part is absent.
+            ConfigError: no such model, or a part is absent; an option of `from_pretrained` of transformers
+                that is not offered.
             WeightsError: weights that do not fit.
         """
+        dtype = _dtype(dtype if dtype is not None else loading.pop("torch_dtype", None))
+        refused = [name for name, value in loading.items() if name not in PASSED_ON and value is not None]
+        if refused:
+            raise ConfigError(
+                f"{', '.join(refused)}: not offered for a {cls.__name__}; load it, then move it with `to`"
+            )
         folder = resolve_folder(source)
-        _check_model_folder(folder)
+        config = _read_config(folder)
+        if config.get("model_type") in FOREIGN:
+            parts = read_parts(folder, dtype)
+            _make_saveable(parts.llm)
+            model: VisionLanguageModel = cls(*parts)
+            return model.train(False)
+        _check_model_folder(folder, config)
         tower = VisionTower.from_pretrained(folder / "tower")
         model = cls(
             tower if dtype is None else tower.to(dtype),
@@ -327,7 +471,7 @@ class VisionLanguageModel(nn.Module):
             load_tokenizer(folder / "llm"),
             load_text_tokenizer(folder / "projector"),
         )
-        return model.eval()
+        return model.train(False)
 
 
 def token_grid(tower: VisionTower) -> Grid:
@@ -366,16 +510,7 @@ def load_llm(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
-    # Old checkpoints store the rotary frequencies, which are computed today.
-    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")]
-    problems = {
-        "missing": info["missing_keys"],
-        "unexpected": unexpected,
-        "misshapen": info["mismatched_keys"],
-    }
-    found = [f"{kind} {', '.join(sorted(map(str, keys))[:5])}" for kind, keys in problems.items() if keys]
-    if found:
-        raise WeightsError(f"language model {str(source)!r}: {'; '.join(found)}")
+    check_loaded(info, source)
     _make_saveable(llm)
     return llm
 
@@ -462,15 +597,40 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _check_model_folder(folder: Path) -> None:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} is no saved vision-language model: {error}") from error
+    return config
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is none of torch; for example bfloat16")
+    return found
+
+
+def is_vlm_folder(source: str | Path) -> bool:
+    """Whether `VisionLanguageModel.from_pretrained` takes a folder."""
+    path = Path(source) / "config.json"
+    return path.is_file() and _read_config(Path(source)).get("model_type") in (MODEL_TYPE, *FOREIGN)
+
+
+def _check_model_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"{folder}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
+        raise ConfigError(
+            f"{folder}: model_type is {config.get('model_type')!r}, expected {MODEL_TYPE!r}, or "
+            f"{', '.join(FOREIGN)} of llava-hf and LLaVA"
+        )
     absent = [part for part in PARTS if part not in config["parts"]]
     if absent:
         raise ConfigError(
             f"{folder} holds only {', '.join(config['parts'])}: {', '.join(absent)} is not in it"
         )
+
+
+AutoModelForImageTextToText.register(VisionLanguageConfig, VisionLanguageModel)

@@ -205,19 +205,25 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
 
     export = command(
         "export",
-        "write a tower as a folder that LLaVA, transformers or open_clip load as their own",
+        "write a tower or a model as a folder that LLaVA, transformers or open_clip load as their own",
         "open_clip:ViT-L-14-336-quickgelu@openai --to clip -o clip",
         "runs/stage2/model --to clip -o clip",
         "runs/adapted/model --to open_clip -o adapted",
         "runs/adapted/model --to transformers -o adapted",
+        "runs/align/model --to transformers -o llava-hf   # a LlavaForConditionalGeneration with processor",
+        "runs/align/model --to llava -o llava   # for LLaVA's own code",
         "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
     )
-    export.add_argument("source", help="a tower: source:model@weights, a folder, or a YAML file")
+    export.add_argument(
+        "source",
+        help="a tower: source:model@weights, a folder, or a YAML file; a vision-language model's folder",
+    )
     export.add_argument(
         "--to",
-        choices=["clip", "open_clip", "transformers"],
+        choices=["clip", "open_clip", "transformers", "llava"],
         required=True,
-        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel",
+        help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel; of a "
+        "vision-language model a LlavaForConditionalGeneration, or LLaVA's own files",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     export.add_argument(
@@ -231,6 +237,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "check train.parquet --caption-column class_name -o runs/check   # and a page of plots and samples",
         "check configs/flickr8k_contrastive.yaml   # its data node",
         "check 's3://bucket/shards/{0..9}.tar' --workers 8",
+        "check llava.json --image-folder images --tokenizer vicuna --chat-template v1 --tokens-per-image 576",
         "pack pairs.csv -o shards",
         "pack hub:owner/name@train -o shards --shard-size 1000",
     )
@@ -251,6 +258,11 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     columns.add_argument(
         "--max-bad-share", type=_share, metavar="SHARE", help="samples that may be bad (default: 0.01)"
     )
+    talks = data.add_argument_group("of conversations (a file of these, or a YAML file with stages)")
+    talks.add_argument("--tokenizer", metavar="LLM", help="count tokens by that of a language model")
+    talks.add_argument("--chat-template", metavar="NAME", help="plain, v1, llama_2, chatml or a .jinja file")
+    talks.add_argument("--tokens-per-image", type=_positive, metavar="N", help="that a picture takes")
+    talks.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a record (default: 2048)")
     data.add_argument(
         "--shard-size", type=_positive, metavar="N", help="of pack: samples of a tar (default: 10,000)"
     )

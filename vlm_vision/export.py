@@ -84,27 +84,9 @@ def export_clip(tower: VisionTower, folder: str | Path) -> ClipExport:
     Raises:
         ConfigError: the tower is no CLIP ViT, or its preprocessing is not one of a `CLIPImageProcessor`.
     """
-    config = clip_vision_config(tower)
+    clip_vision_config(tower)
     _check_processor(tower.image_processor.config)
-    state = convert(library_state(tower), "transformers")
-    state.pop("visual_projection.weight", None)  # no part of a CLIPVisionModel
-    total: int = config["num_hidden_layers"]
-    kept = 1 + max(int(name.removeprefix(_BLOCK).split(".")[0]) for name in state if name.startswith(_BLOCK))
-    first = {name: tensor for name, tensor in state.items() if name.startswith(f"{_BLOCK}0.")}
-    for layer in range(kept, total):
-        for name, tensor in first.items():
-            state[name.replace(f"{_BLOCK}0.", f"{_BLOCK}{layer}.")] = torch.zeros_like(tensor)
-    has_pooled = "vision_model.post_layernorm.weight" in state
-    for name in () if has_pooled else ("weight", "bias"):
-        state[f"vision_model.post_layernorm.{name}"] = torch.zeros_like(
-            state["vision_model.pre_layrnorm.weight"]
-        )
-    written = ClipExport(
-        layers=total,
-        placeholders=tuple(range(kept + 1, total + 1)),
-        has_pooled=has_pooled,
-        select_layers=tuple(layer - total - 1 for layer in tower.layers),
-    )
+    config, state, written = vision_part(tower)
     dtype = str(tower.dtype).removeprefix("torch.")
     content = {
         "architectures": ["CLIPVisionModel"],
@@ -114,13 +96,47 @@ def export_clip(tower: VisionTower, folder: str | Path) -> ClipExport:
             "select_layers": list(written.select_layers),
             "select_feature": tower.config.select,
             "placeholder_layers": list(written.placeholders),
-            "has_pooled_output": has_pooled,
+            "has_pooled_output": written.has_pooled,
         },
     }
     with whole_folder(folder) as partial:
         _write(partial, {CONFIG_FILE: content}, state, WEIGHTS_FILE)
         tower.image_processor.save_pretrained(partial)
     return written
+
+
+def vision_part(tower: VisionTower) -> tuple[dict[str, Any], dict[str, Tensor], ClipExport]:
+    """Config, tensors and what was filled in of the `CLIPVisionModel` or `SiglipVisionModel` that a tower is.
+
+    Names have the `vision_model.` level. Layers that the tower has freed, and a norm after them, are zeros,
+    see `export_clip`; a head that is gone is none, as the config says.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    config = vision_config(tower)
+    state = convert(library_state(tower), "transformers")
+    state.pop("visual_projection.weight", None)  # no part of a vision model alone
+    total: int = config["num_hidden_layers"]
+    kept = 1 + max(int(name.removeprefix(_BLOCK).split(".")[0]) for name in state if name.startswith(_BLOCK))
+    first = {name: tensor for name, tensor in state.items() if name.startswith(f"{_BLOCK}0.")}
+    for layer in range(kept, total):
+        for name, tensor in first.items():
+            state[name.replace(f"{_BLOCK}0.", f"{_BLOCK}{layer}.")] = torch.zeros_like(tensor)
+    has_pooled = "vision_model.post_layernorm.weight" in state
+    for name in () if has_pooled else ("weight", "bias"):
+        state[f"vision_model.post_layernorm.{name}"] = torch.zeros_like(
+            state[f"{_BLOCK}0.layer_norm1.weight"]
+        )
+    if config["model_type"] == "siglip_vision_model":
+        config["vision_use_head"] = any(name.startswith("vision_model.head.") for name in state)
+    written = ClipExport(
+        layers=total,
+        placeholders=tuple(range(kept + 1, total + 1)),
+        has_pooled=has_pooled,
+        select_layers=tuple(layer - total - 1 for layer in tower.layers),
+    )
+    return config, state, written
 
 
 def export_open_clip(model: DualEncoder, folder: str | Path) -> None:
@@ -261,20 +277,40 @@ def clip_vision_config(tower: VisionTower) -> dict[str, Any]:
     Raises:
         ConfigError: it is no CLIP ViT.
     """
+    config = vision_config(tower, wanted="CLIPVisionModel")
+    if config["model_type"] == "clip_vision_model":
+        return config
+    raise _no_vision_model(tower, "CLIPVisionModel", f" ({config['model_type']})")
+
+
+def vision_config(tower: VisionTower, wanted: str = "CLIP or SigLIP of transformers") -> dict[str, Any]:
+    """The `config.json` of the CLIP or SigLIP of pictures that a tower's backbone is, with all its layers.
+
+    Args:
+        wanted: what the refusal calls it.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     backbone = tower.backbone.portable_config()
     architecture = _architecture(tower)
-    try:
-        if backbone.name == "open_clip":
-            architecture.pop("text_cfg", None)  # what the text tower is does not matter here
+    if backbone.name == "open_clip":
+        architecture.pop("text_cfg", None)  # what the text tower is does not matter here
+        try:
             architecture = transformers_config(architecture)
-        if architecture.get("model_type") == "clip_vision_model":
-            return architecture
-    except ConfigError as error:
-        raise ConfigError(f"this tower is no CLIPVisionModel: {error}") from error
-    raise ConfigError(
-        f"this tower is no CLIPVisionModel: its backbone is {backbone.name}:{backbone.model or ''}"
-        f"{' (' + architecture['model_type'] + ')' if 'model_type' in architecture else ''}; CLIP ViTs of "
-        "open_clip and transformers are"
+        except ConfigError as error:
+            raise ConfigError(f"this tower is no {wanted}: {error}") from error
+    model_type = architecture.get("model_type", "")
+    if model_type in ("clip_vision_model", "siglip_vision_model"):
+        return architecture
+    raise _no_vision_model(tower, wanted, f" ({model_type})" if model_type else "")
+
+
+def _no_vision_model(tower: VisionTower, wanted: str, kind: str) -> ConfigError:
+    backbone = tower.backbone.portable_config()
+    return ConfigError(
+        f"this tower is no {wanted}: its backbone is {backbone.name}:{backbone.model or ''}{kind}; CLIP ViTs "
+        "of open_clip and transformers are"
     )
 
 

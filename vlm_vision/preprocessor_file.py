@@ -99,6 +99,11 @@ def write_preprocess(config: PreprocessConfig, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def is_in_transformers(config: PreprocessConfig) -> bool:
+    """Whether transformers has a class for these settings, so that what `write_preprocess` writes can run."""
+    return config.resize == "flexible" or "size" in _in_transformers_words(config)
+
+
 def _in_transformers_words(config: PreprocessConfig) -> dict[str, Any]:
     target = config.resize_to or config.image_size
     rows, columns = (target, target) if isinstance(target, int) else target

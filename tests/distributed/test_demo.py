@@ -71,7 +71,7 @@ def test_the_demo_leaves_what_it_promises(
     assert DualEncoder.from_pretrained(run / "clip").tower.grid == (4, 4)
     assert VisionTower.from_pretrained(run / "tower").num_tokens == 16
     model = VisionLanguageModel.from_pretrained(run / "model")
-    assert len(model.generate(None, ["What is there?"], max_new_tokens=2)) == 1
+    assert len(model.answer(None, ["What is there?"], max_new_tokens=2)) == 1
     with pytest.raises(DataError, match="holds an earlier demo"):
         demo.run_demo(run)
 

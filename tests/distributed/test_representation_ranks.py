@@ -38,7 +38,8 @@ def test_two_ranks_do_what_one_process_does_and_one_goes_on_where_they_stopped(t
     ranks.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, str(WORKER), str(data), str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1])}
+    path = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     finished = subprocess.run(
         command, capture_output=True, text=True, timeout=240, check=False, env=environment
     )
@@ -55,8 +56,7 @@ def test_two_ranks_do_what_one_process_does_and_one_goes_on_where_they_stopped(t
                 continue
             error = (found[tensor] - expected[tensor]).abs().max()
             worst = max(worst, float(error / expected[tensor].abs().max().clamp(min=1e-4)))
-    print(worst)
-    assert worst < 3e-5
+    assert worst < 3e-5  # worst measured: 1.6e-6, of a tensor's largest
 
     settings = run_config(str(data))
     scores = train_representation(settings, tmp_path / "alone")

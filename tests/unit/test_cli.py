@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -433,6 +435,28 @@ def test_chat_answers_one_question_or_many(
     lines = run(capsys, *asked).splitlines()
     assert lines[1] == answer.removesuffix("\n")
     assert len(lines) == 3
+
+
+def test_chat_prints_words_as_they_come_and_remembers_them(
+    models: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[str] = []
+    asked: list[list[str]] = []
+
+    def stream(self: Any, pixels: Any, turns: Any, max_new_tokens: int) -> Iterator[str]:
+        asked.append([turn.text for turn in turns])
+        yield "a red"
+        printed.append(capsys.readouterr().out)
+        yield " picture"
+
+    monkeypatch.setattr(VisionLanguageModel, "stream", stream)
+    typed = iter(["what ?", "and ?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    rest = run(capsys, "chat", models / "vlm", "--image", pictures / "0.png")
+    assert printed[0].endswith("\na red")
+    assert printed[1] == " picture\na red"
+    assert rest == " picture\n"
+    assert asked == [["<image>\nwhat ?"], ["<image>\nwhat ?", "a red picture", "and ?"]]
 
 
 def test_chat_needs_a_picture_a_question_and_a_model(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from real_tokenizers import llama_tokenizer, qwen_tokenizer
 from tiny import colour_records, tiny_tokenizer, tiny_tower
 
 from vlm_vision.errors import ConfigError, DataError
@@ -22,7 +23,6 @@ from vlm_vision.train.conversations import (
     read_template,
 )
 
-TEMPLATES = Path(__file__).parents[2] / "configs" / "chat_templates"
 TURNS = [
     Turn("user", "what colour is it ?\n<image>"),
     Turn("assistant", "red"),
@@ -89,7 +89,7 @@ def test_the_users_tokenizer_is_left_as_it_is() -> None:
 
 
 def test_shipped_vicuna_template_writes_llavas_v1() -> None:
-    chat = ChatFormat(tiny_tokenizer(), 2, read_template(TEMPLATES / "vicuna_v1.jinja"))
+    chat = ChatFormat(tiny_tokenizer(), 2, read_template("v1"))
     system = (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -105,7 +105,7 @@ def test_shipped_vicuna_template_writes_llavas_v1() -> None:
 
 
 def test_shipped_plain_template_writes_picture_caption_newline() -> None:
-    chat = ChatFormat(tiny_tokenizer(), 2, read_template(TEMPLATES / "llava_plain.jinja"))
+    chat = ChatFormat(tiny_tokenizer(), 2, read_template("plain"))
     encoded = chat.encode(TURNS[:2], 100)
     assert encoded.input_ids[1:3] == [IMAGE_TOKEN_ID] * 2
     assert learnt_words(chat, encoded) == ["red", "\n"]
@@ -127,9 +127,36 @@ def test_a_tokenizer_without_template_is_told_what_to_give() -> None:
         ChatFormat(tokenizer, 1)
 
 
-def test_missing_template_file_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"no_such\.jinja"):
+def test_a_template_is_read_from_a_file_or_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert read_template(tmp_path / "own.jinja") == "{{ messages }}"
+    assert read_template("vicuna") == read_template("v1")
+    assert read_template("qwen") == read_template("chatml")
+    with pytest.raises(ConfigError, match=r"'no_such\.jinja' is no file"):
         read_template("no_such.jinja")
+    with pytest.raises(ConfigError, match="did you mean 'llama_2'"):
+        read_template("llama2")
+
+
+def test_an_answer_ends_where_its_template_ends_it() -> None:
+    llama, qwen = llama_tokenizer(legacy=True), qwen_tokenizer()
+    newline, end = llama.convert_tokens_to_ids("<0x0A>"), llama.eos_token_id
+    assert ChatFormat(llama, 1, read_template("plain")).stop_ids == sorted([newline, end])
+    assert ChatFormat(llama, 1, read_template("v1")).stop_ids == [end]
+    assert ChatFormat(llama, 1, read_template("llama_2")).stop_ids == [end]
+    assert ChatFormat(qwen, 1, read_template("qwen")).stop_ids == [qwen.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize("template", ["plain", "v1", "llama_2", "qwen"])
+def test_by_every_template_a_prompt_is_the_beginning_of_what_was_trained(template: str) -> None:
+    tokenizer = qwen_tokenizer() if template == "qwen" else llama_tokenizer(legacy=False)
+    chat = ChatFormat(tokenizer, 2, read_template(template))
+    talk = [Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat."), Turn("user", "So?")]
+    talk = talk[:1] if template == "plain" else talk
+    prompt = chat.prompt(talk)
+    encoded = chat.encode([*talk, Turn("assistant", "Red.")], 1000)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert chat.tokenizer.decode(encoded.input_ids[len(prompt) :]).startswith("Red.")
 
 
 def test_text_beyond_max_length_is_cut_and_pictures_never() -> None:
@@ -152,7 +179,7 @@ def test_text_beyond_max_length_is_cut_and_pictures_never() -> None:
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "pretty.json"])
 def test_lists_and_lines_read_alike(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_vision.train.conversations._CHUNK", 7)  # records and characters span many pieces
+    monkeypatch.setattr("vlm_vision.train.record_files._CHUNK", 7)  # records and characters span many pieces
     records = [record(id=f"é{n}", image=f"{n}.png") for n in range(4)]
     text = {
         "data.json": json.dumps(records, ensure_ascii=False),

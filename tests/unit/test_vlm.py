@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import colour_records, tiny_llm, tiny_tokenizer, tiny_tower
 
 from vlm_vision.adapters import build_projector
-from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from vlm_vision.train.conversations import Batch, ConversationDataset, Conversations, Turn, collate
 from vlm_vision.train.evaluate import (
     Answer,
@@ -18,7 +18,7 @@ from vlm_vision.train.evaluate import (
     swapped_pictures,
     vqa_accuracy,
 )
-from vlm_vision.train.vlm import KEEPS_BY_ROW, VisionLanguageModel, load_llm, load_tokenizer, token_grid
+from vlm_vision.train.vlm import VisionLanguageModel, load_llm, load_tokenizer, token_grid
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,7 @@ def test_identity_gives_the_language_model_the_features_themselves(tmp_path: Pat
     assert VisionLanguageModel.from_pretrained(tmp_path / "vlm").projector.config.name == "identity"
 
 
-@pytest.mark.parametrize("keeps_by_row", sorted({False, KEEPS_BY_ROW}))
-def test_loss_is_transformers_own(
-    model: VisionLanguageModel,
-    conversations: Conversations,
-    keeps_by_row: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("vlm_vision.train.vlm.KEEPS_BY_ROW", keeps_by_row)
+def test_loss_is_transformers_own(model: VisionLanguageModel, conversations: Conversations) -> None:
     batch = batch_of(model, conversations, *range(8))
     output = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels)
     reference = model.llm(
@@ -121,12 +114,17 @@ def test_loss_is_transformers_own(
     )
     # Worst difference measured: 0.
     assert output.loss.item() == pytest.approx(reference.loss.item(), abs=1e-6)
-    learnt = torch.nn.functional.pad(batch.labels[:, 1:] != -100, (0, 1))
-    assert output.logits.shape == (batch.num_labels, reference.logits.shape[-1])
-    torch.testing.assert_close(output.logits, reference.logits[learnt], atol=1e-6, rtol=0)
+    assert output.logits is None
     whole = model(batch.input_ids, batch.attention_mask, pixels=batch.pixels)
     assert whole.loss is None
     torch.testing.assert_close(whole.logits, reference.logits, atol=0, rtol=0)
+
+
+def test_a_kernel_of_the_loss_that_is_not_there_is_refused(model: VisionLanguageModel) -> None:
+    model.use_loss_kernel("chunks")
+    with pytest.raises(MissingExtraError, match=r"pip install 'vlm_vision\[liger\]'"):
+        model.use_loss_kernel("liger")
+    assert model.loss_kernel == "chunks"
 
 
 def test_one_label_count_makes_pieces_add_up_to_the_whole(
@@ -270,12 +268,12 @@ def test_answers_in_a_batch_are_those_given_alone(
         [picture for index in range(3) for picture in conversations.pictures(conversations[index])]
     )
     prompts = ["what ?", "what colour is it ?", "what is the picture of ?"]
-    together = model.generate(pixels, prompts, 6)
-    alone = [model.generate(pixels[i : i + 1], [prompts[i]], 6)[0] for i in range(3)]
+    together = model.answer(pixels, prompts, 6)
+    alone = [model.answer(pixels[i : i + 1], [prompts[i]], 6)[0] for i in range(3)]
     assert together == alone
     mixed = [[Turn("user", "what ?")], [Turn("user", f"<image>\n{prompts[1]}")]]
-    assert model.generate(pixels[1:2], mixed, 6) == [model.generate(None, ["what ?"], 6)[0], alone[1]]
-    assert model.generate(None, []) == []
+    assert model.answer(pixels[1:2], mixed, 6) == [model.answer(None, ["what ?"], 6)[0], alone[1]]
+    assert model.answer(None, []) == []
 
 
 def test_generation_follows_the_forward_pass(
@@ -292,12 +290,12 @@ def test_generation_follows_the_forward_pass(
             break
         ids.append(token)
     expected = model.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-    assert model.generate(pixels, ["what colour is it ?"], 5) == [expected]
+    assert model.answer(pixels, ["what colour is it ?"], 5) == [expected]
 
 
 def test_training_mode_comes_back_after_generating(model: VisionLanguageModel) -> None:
     model.train()
-    model.generate(None, ["what ?"], 2)
+    model.answer(None, ["what ?"], 2)
     assert model.training
 
 
@@ -348,14 +346,14 @@ def test_answers_follow_what_training_saw(folder: Path, conversations: Conversat
     text = model.asked([question])
     logits = model(inputs, torch.ones_like(inputs), pixels=pixels, text=text).logits[0, -1]
     expected = model.tokenizer.decode(logits.argmax(), skip_special_tokens=True).strip()
-    assert model.generate(pixels, [question], 1) == [expected]
+    assert model.answer(pixels, [question], 1) == [expected]
     model.save_pretrained(tmp_path)
     loaded = VisionLanguageModel.from_pretrained(tmp_path)
-    assert loaded.generate(pixels, [question], 4) == model.generate(pixels, [question], 4)
+    assert loaded.answer(pixels, [question], 4) == model.answer(pixels, [question], 4)
     three = torch.cat([pixels, pixels, pixels])
     prompts = ["what ?", "what colour is it ?", ""]
-    together = model.generate(three, prompts, 4)
-    assert together == [model.generate(pixels, [prompt], 4)[0] for prompt in prompts]
+    together = model.answer(three, prompts, 4)
+    assert together == [model.answer(pixels, [prompt], 4)[0] for prompt in prompts]
 
 
 def test_text_where_none_is_read_and_none_where_it_is(folder: Path, model: VisionLanguageModel) -> None:
@@ -449,7 +447,7 @@ def test_every_question_is_asked_alone_with_its_pictures(
     assert answers[0].question == "what colour is it ?"
     assert (answers[0].truth, answers[0].kind, answers[0].images) == ("red", "colour", ("0.png",))
     pixels = model.vision_tower.image_processor(conversations.pictures(conversations[0]))
-    assert answers[0].answer == model.generate(pixels, ["what colour is it ?"], 4)[0]
+    assert answers[0].answer == model.answer(pixels, ["what colour is it ?"], 4)[0]
     assert answers[6].images == ()
 
 
