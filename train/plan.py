@@ -5,7 +5,7 @@ Models are built on the meta device, where tensors have shapes and no memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,17 @@ from vlm_vision.tower import describe_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import open_conversations
+from vlm_vision.train.cost import (
+    GPUS,
+    UTILISATION,
+    Arithmetic,
+    Decoder,
+    attention_flops,
+    decoder_activations,
+    logit_bytes,
+    part_flops,
+)
+from vlm_vision.train.label_loss import CHUNK
 from vlm_vision.train.optim import set_learning, trainable_summary
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
@@ -29,6 +40,7 @@ from vlm_vision.train.vlm import embedding_width, load_llm, token_grid, with_voc
 
 Precision = Literal["fp32", "bf16", "autocast"]
 GIB = 2**30
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 WITHOUT_WEIGHTS = "\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
 
 # What the hub's config.json of these language models says, so that a run is planned without a network.
@@ -53,12 +65,13 @@ PUBLISHED_LLMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each of the processes; activations and buffers of the moment come on top.
+    """Bytes on each of the processes; activations (see `cost`) and buffers of the moment come on top.
 
     With P parameters of which T learn, on N processes (ZeRO, arXiv:1910.02054, sections 3.1 and 5): weights
     take w·P, gradients w·T, Adam's states k·T. In bf16, w = 2 and k = 12 (an fp32 copy and two moments); in
     fp32 and under autocast, w = 4 and k = 8 (two moments). Stage 1 divides the states by N, stage 2 the
-    gradients too, stage 3 the weights too.
+    gradients too, stage 3 the weights too. Offloaded states, and weights, take none of a GPU's. In NF4 with
+    double quantisation a weight takes 4 + 8/64 + 32/(64·256) bits (arXiv:2305.14314, section 3).
     """
 
     weights: float
@@ -87,6 +100,8 @@ class StagePlan:
     Attributes:
         steps: None where the data is not there and no number of records was given.
         tokens_per_step: at most, text and pictures, over all processes.
+        activations: bytes on each process at most, in the language model and its logits.
+        arithmetic: of a step, of a mean length; None for contrastive runs.
     """
 
     name: str
@@ -95,10 +110,31 @@ class StagePlan:
     steps: int | None
     tokens_per_step: int
     parts: tuple[PartPlan, ...]
+    activations: int | None = None
+    arithmetic: Arithmetic | None = None
 
     @property
     def memory(self) -> float:
         return sum(part.memory.total for part in self.parts)
+
+    def costs(self, world: int) -> list[str]:
+        """Lines about activations, operations and hours."""
+        if self.activations is None or self.arithmetic is None:
+            return [f"  memory on each of {world} process(es): {_gib(self.memory)} GiB, and activations"]
+        total, tokens = self.memory + self.activations, self.arithmetic.tokens
+        lines = [
+            f"  activations of the language model: up to {_gib(self.activations)} GiB",
+            f"  memory on each of {world} process(es): {_gib(total)} GiB; buffers of kernels and ZeRO on top",
+            f"  operations per step: {self.arithmetic.total:.3g} at {tokens:,} tokens: 2 x parameters x "
+            "tokens forward,",
+            "    as much for gradients through, gradients of weights, and recomputing; and attention",
+        ]
+        if self.parts[0].learning:
+            lines.append("  the tower learns, and keeps activations of its own on top")
+        if self.steps is not None:
+            hours = ", ".join(f"{self.arithmetic.hours(self.steps, world, gpu):.1f} on {gpu}" for gpu in GPUS)
+            lines.append(f"  hours on {world} GPU(s), at {UTILISATION:.0%} of their dense bf16 peak: {hours}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -126,18 +162,20 @@ class Plan:
                     f"  {part.name:14}{part.parameters:16,}{part.learning:16,}"
                     f"{_gib(memory.weights):>10}{_gib(memory.gradients):>11}{_gib(memory.optimizer):>11}"
                 )
-            lines.append(
-                f"  memory on each of {self.world} process(es): {_gib(stage.memory)} GiB, and activations"
-            )
+            lines += stage.costs(self.world)
         return "\n".join(lines)
 
 
-def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = None) -> Plan:
+def plan_align(
+    config: AlignConfig, *, world: int = 1, records: int | None = None, tokens: int | None = None
+) -> Plan:
     """Plan every stage of an alignment run.
 
     Args:
         world: processes that share the work.
         records: conversations of a stage whose file is not there.
+        tokens: of a conversation in the mean, its pictures' included, for hours; None takes `max_length`, the
+            most.
 
     Raises:
         ConfigError: a part whose config cannot be had, or rules that name nothing.
@@ -158,7 +196,9 @@ def plan_align(config: AlignConfig, *, world: int = 1, records: int | None = Non
                 length=_length(stage.steps, stage.epochs, stage.batch_size, count, files),
                 steps=None if stage.steps is None and count is None else stage.total_steps(count or 0),
                 tokens_per_step=stage.batch_size * stage.max_length,
-                parts=_parts(model, stage.zero_stage, world, stage.precision),
+                parts=_stage_parts(model, stage, world),
+                activations=_activations(model, stage, world),
+                arithmetic=_arithmetic(model, stage, tokens or stage.max_length),
             )
         )
     return Plan(tokens_per_image, world, tuple(stages))
@@ -282,6 +322,88 @@ def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) 
         )
         for name, (learning, total) in trainable_summary(model).items()
     )
+
+
+def _stage_parts(model: nn.ModuleDict, stage: Stage, world: int) -> tuple[PartPlan, ...]:
+    """What `_parts` gives, without what is offloaded, and with a language model of 4 bits."""
+    parts = []
+    for part in _parts(model, stage.zero_stage, world, stage.precision):
+        weights, memory = part.memory.weights, part.memory
+        if stage.quantise != "none" and part.name == "llm":
+            weights -= (2 - NF4_BYTES) * sum(
+                layer.weight.numel()
+                for name, layer in model["llm"].named_modules()
+                if isinstance(layer, nn.Linear) and ".lora_" not in name and name != "lm_head"
+            )
+        memory = replace(
+            memory,
+            weights=0.0 if stage.offload == "parameters" else weights,
+            optimizer=0.0 if stage.offload != "none" else memory.optimizer,
+        )
+        parts.append(replace(part, memory=memory))
+    return tuple(parts)
+
+
+def _decoder(llm: Any) -> Decoder:
+    config = llm.config
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Decoder(
+        width=config.hidden_size,
+        perceptron_width=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        key_width=head_width * (getattr(config, "num_key_value_heads", None) or heads),
+        vocabulary=config.vocab_size,
+    )
+
+
+def _activations(model: nn.ModuleDict, stage: Stage, world: int) -> int:
+    """Where nothing before the language model learns, and nothing in it, it keeps nothing."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return 0
+    decoder, size = _decoder(model["llm"]), 2 if stage.precision == "bf16" else 4
+    tokens = (stage.micro_batch_size or max(1, stage.batch_size // world)) * stage.max_length
+    kept = decoder_activations(
+        decoder,
+        tokens,
+        size=size,
+        learns=any(parameter.requires_grad for parameter in model["llm"].parameters()),
+        checkpointing=stage.activation_checkpointing,
+    )
+    return kept + logit_bytes(decoder, min(tokens, CHUNK), size=size)
+
+
+def _arithmetic(model: nn.ModuleDict, stage: Stage, length: int) -> Arithmetic:
+    """Operations of a step whose conversations are of one length, with a picture each."""
+    learning = trainable_summary(model)
+    tower: Any = model["vision_tower"]
+    rows, decoder = stage.batch_size, _decoder(model["llm"])
+    patches = rows * (tower.num_patches + tower.backbone.info.prefix_tokens)
+    llm: Any = model["llm"]
+    embeddings = llm.get_input_embeddings().weight
+    looked_up = 0 if llm.get_output_embeddings().weight is embeddings else int(embeddings.numel())
+    total = 0.0
+    reached = False  # whether a gradient passes back through this part
+    for name, tokens in (("vision_tower", patches), ("projector", patches), ("llm", rows * length)):
+        learns, parameters = learning[name][0], learning[name][1]
+        if name == "llm":  # looking a row up is no product
+            parameters -= looked_up
+        recompute = name == "llm" and stage.activation_checkpointing
+        total += part_flops(parameters, tokens, backward=reached, learns=learns > 0, recompute=recompute)
+        # Adapters are few: weights under them pass gradients on, and get none.
+        if 0 < learns < learning[name][1] / 2:
+            total -= 2.0 * (parameters - learns) * tokens
+        reached = reached or learns > 0
+    total += attention_flops(
+        decoder.width,
+        decoder.layers,
+        rows,
+        length,
+        backward=reached,
+        recompute=stage.activation_checkpointing,
+    )
+    return Arithmetic(rows * length, total)
 
 
 def _count_conversations(stage: Stage, records: int | None) -> int | None:

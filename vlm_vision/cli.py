@@ -446,6 +446,9 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     _add_config(plan)
     plan.add_argument("--processes", type=_positive, default=1, help="that share the work (default: 1)")
     plan.add_argument("--records", type=_positive, help="size of the data, where it is not there to count")
+    plan.add_argument(
+        "--tokens", type=_positive, help="of a conversation in the mean, for hours (default: max_length)"
+    )
     return parser, dict(commands.choices)
 
 

@@ -791,7 +791,7 @@ def plan(arguments: argparse.Namespace) -> None:
     path, overrides = Path(arguments.config), arguments.overrides
     options = {"world": arguments.processes, "records": arguments.records}
     if "stages" in read_yaml(path):
-        print(plan_align(load_config(AlignConfig, path, overrides), **options))
+        print(plan_align(load_config(AlignConfig, path, overrides), **options, tokens=arguments.tokens))
     else:
         print(plan_contrastive(load_config(ContrastiveConfig, path, overrides), **options))
 
