@@ -105,16 +105,16 @@ def test_loss_and_gradients_are_those_of_all_logits(
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that is computed."""
+    """The most elements of any tensor that is computed with a column for each token of the vocabulary."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.elements = 0
+        self.vocabulary, self.elements = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocabulary,):
                 self.elements = max(self.elements, tensor.numel())
         return output
 
@@ -132,13 +132,13 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyP
         kept.append(tensor.numel() if tensor.shape[-1:] == (vocabulary,) else 0)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), LargestTensor() as seen:
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), LargestTensor(vocabulary) as seen:
         loss = label_loss(llm.eval(), inputs, keep, targets)
         loss.backward()
     whole = labels * vocabulary
     assert seen.elements < whole
     assert max(kept) <= chunk * vocabulary
-    with LargestTensor() as seen, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with LargestTensor(vocabulary) as seen, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         F.cross_entropy(llm(**inputs).logits.flatten(0, 1), targets).backward()
     assert seen.elements >= whole  # so it would be seen
     assert max(kept) >= whole
