@@ -132,13 +132,14 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyP
         kept.append(tensor.numel() if tensor.shape[-1:] == (vocabulary,) else 0)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), LargestTensor(vocabulary) as seen:
+    saved = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with saved, LargestTensor(vocabulary) as seen:
         loss = label_loss(llm.eval(), inputs, keep, targets)
         loss.backward()
     whole = labels * vocabulary
     assert seen.elements < whole
     assert max(kept) <= chunk * vocabulary
-    with LargestTensor(vocabulary) as seen, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved, LargestTensor(vocabulary) as seen:
         F.cross_entropy(llm(**inputs).logits.flatten(0, 1), targets).backward()
     assert seen.elements >= whole  # so it would be seen
     assert max(kept) >= whole
