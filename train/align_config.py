@@ -63,6 +63,9 @@ class Stage(Config):
         warmup: share of the steps with linear warm-up; a cosine to 0 follows.
         epochs, steps: length; one of them.
         batch_size: conversations per optimizer step over all ranks.
+        group_by_length: batches of about one length, of text alone apart from those with pictures.
+        packing: several conversations in a row, up to `max_length` tokens, none of which sees another: the
+            same loss and gradients with less padding.
         micro_batch_size: conversations that a rank runs at once; None means its whole share.
         max_length: tokens of a conversation, its pictures' included.
         zero_stage: what DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 and gradients,
@@ -87,6 +90,8 @@ class Stage(Config):
     steps: PositiveInt | None = None
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
+    group_by_length: bool = False
+    packing: bool = False
     max_length: PositiveInt = 2048
     grad_clip: PositiveFloat | None = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2

@@ -57,7 +57,17 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    truncated: bool = False
+    length: int
+    """Tokens before the text was cut."""
+
+    @property
+    def truncated(self) -> bool:
+        return len(self.input_ids) < self.length
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens to learn from; the first is never predicted."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
 class ChatFormat:
@@ -136,15 +146,14 @@ class ChatFormat:
             learnt |= (ends > first) & (starts < last)
         labels = np.where(learnt, ids, IGNORE_INDEX)
         ids, labels = self._expand(ids, labels)
-        if len(ids) <= max_length:
-            return self._with_labels(Encoded(ids.tolist(), labels.tolist()))
-        if too_long == "refuse":
+        if len(ids) > max_length and too_long == "refuse":
             raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
         if (ids[max_length:] == IMAGE_TOKEN_ID).any():
             raise DataError(f"max_length {max_length} would cut off a picture: {len(ids)} tokens")
-        return self._with_labels(
-            Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), truncated=True)
-        )
+        encoded = Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), len(ids))
+        if not encoded.num_labels:
+            raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
+        return encoded
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens up to where an answer is to begin."""
@@ -212,12 +221,6 @@ class ChatFormat:
         repeats = np.where(marks, self.tokens_per_image, 1)
         ids, labels = np.where(marks, IMAGE_TOKEN_ID, ids), np.where(marks, IGNORE_INDEX, labels)
         return np.repeat(ids, repeats), np.repeat(labels, repeats)
-
-    @staticmethod
-    def _with_labels(encoded: Encoded) -> Encoded:
-        if all(label == IGNORE_INDEX for label in encoded.labels[1:]):  # the first token is never predicted
-            raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
-        return encoded
 
 
 class Instructions:

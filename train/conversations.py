@@ -13,7 +13,7 @@ import base64
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from vlm_vision.train.chat_format import (
 )
 from vlm_vision.train.conversations_config import ConversationData, conversation_sources
 from vlm_vision.train.order import EpochOrder, UniformShuffle
+from vlm_vision.train.packing import pack
 from vlm_vision.train.record_files import WITHIN, open_records
 
 __all__ = [
@@ -244,15 +245,19 @@ class Conversations(Sequence[Record]):
         if not len(self):
             raise DataError(f"{path} holds no record")
         self.max_bad = int(max_bad_share * len(self))
-        if len(self.bad) > self.max_bad:
-            listed = "\n".join(f"  {reason}" for reason in list(self.bad.values())[:5])
-            raise DataError(
-                f"{path}: {len(self.bad)} of {len(self)} records cannot be used, "
-                f"max_bad_share allows {self.max_bad}:\n{listed}"
-            )
+        self.refuse(self.bad)
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """Take these records for bad.
+
+        Raises:
+            DataError: there are more than `max_bad_share` allows; lists the first ones.
+        """
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -301,6 +306,15 @@ class Conversations(Sequence[Record]):
             return [open_image(self._source(name, record.id)) for name in record.images]
         except DataError as error:
             raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
+    def check_paths(self, record: Record) -> None:
+        """See that its pictures lie in the image folder, without opening them; raises as `pictures`."""
+        for name in record.images:
+            if not _is_within(name):
+                try:
+                    self._resolve(name, record.id)
+                except DataError as error:
+                    raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
 
     def _source(self, name: str, identity: str) -> str | NamedBytes:
         if name.startswith(WITHIN):
@@ -378,6 +392,16 @@ class MixedConversations(Sequence[Record]):
             weights=[source.weight for source in self.sources],
         )
 
+    def refuse(self, bad: Mapping[int, str]) -> None:
+        """As `Conversations.refuse`, of all sources together."""
+        self.bad = dict(sorted({**self.bad, **bad}.items()))
+        _check_share(self.path, self.bad, len(self), self.max_bad)
+
+    def check_paths(self, record: Record) -> None:
+        """As `Conversations.check_paths`."""
+        for source, own in self._by_source(record):
+            source.check_paths(own)
+
     def readings(self) -> Counter[ListedPicture]:
         """As `Conversations.readings`."""
         return Counter(
@@ -390,11 +414,13 @@ class MixedConversations(Sequence[Record]):
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """As `Conversations.pictures`."""
-        opened = []
+        return [picture for source, own in self._by_source(record) for picture in source.pictures(own)]
+
+    def _by_source(self, record: Record) -> Iterator[tuple[Conversations, Record]]:
+        """Each picture as a record's only one, with its source."""
         for image in record.images:
             number, _, name = image.partition(":")
-            opened += self.sources[int(number)].pictures(replace(record, images=(name,)))
-        return opened
+            yield self.sources[int(number)], replace(record, images=(name,))
 
 
 def open_conversations(data: ConversationData) -> Conversations | MixedConversations:
@@ -416,6 +442,14 @@ def open_conversations(data: ConversationData) -> Conversations | MixedConversat
         for node in conversation_sources(data)
     ]
     return sources[0] if len(sources) == 1 else MixedConversations(sources)
+
+
+def _check_share(path: str, bad: Mapping[int, str], count: int, allowed: int) -> None:
+    if len(bad) > allowed:
+        listed = "\n".join(f"  {reason}" for reason in list(bad.values())[:5])
+        raise DataError(
+            f"{path}: {len(bad)} of {count} records cannot be used, max_bad_share allows {allowed}:\n{listed}"
+        )
 
 
 def _is_within(name: str) -> bool:
@@ -546,10 +580,11 @@ class ConversationDataset(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples padded on the right to the longest.
+    """Samples padded on the right to the longest, one in a row or, packed, several.
 
     Attributes:
-        input_ids, attention_mask, labels: [B,T].
+        input_ids, attention_mask, labels: [B,T]; packed, the mask counts the samples of a row from 1.
+        position_ids: [B,T], anew with each sample; None where they are not packed.
         pixels: [P,3,H,W], pictures of all samples in order, or None.
         patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
         text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
@@ -564,6 +599,14 @@ class Batch:
     text: dict[str, Tensor] | None
     replaced: tuple[tuple[int, str], ...]
     truncated: int
+    position_ids: Tensor | None = None
+    padded_positions: int = 0
+    """Places that the samples would take one in a row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Places that hold no padding."""
+        return int((self.attention_mask > 0).sum())
 
     @property
     def num_labels(self) -> int:
@@ -571,9 +614,28 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Pad and stack samples."""
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) -> Batch:
+    """Pad and stack samples.
+
+    Args:
+        pack_to: put several samples into a row, of so many tokens at most; its first token is never learnt.
+    """
+    longest = max(len(sample.input_ids) for sample in samples)
+    rows = [[place] for place in range(len(samples))]
+    if pack_to is not None:
+        rows = pack([len(sample.input_ids) for sample in samples], pack_to)
+        samples = [samples[place] for row in rows for place in row]  # pictures in the order of the rows
+    members, at = [], 0
+    for row in rows:
+        members.append(samples[at : at + len(row)])
+        at += len(row)
+    ids = [torch.cat([sample.input_ids for sample in row]) for row in members]
+    labels = [torch.cat([_without_first(sample.labels) for sample in row]) for row in members]
+    numbers = [
+        torch.cat([torch.full_like(sample.input_ids, n) for n, sample in enumerate(row, start=1)])
+        for row in members
+    ]
+    positions = [torch.cat([torch.arange(len(sample.input_ids)) for sample in row]) for row in members]
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
     instructions = [
@@ -582,14 +644,20 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         if sample.instruction is not None
         for _ in range(sample.num_pictures)
     ]
-    input_ids = pad_sequence([s.input_ids for s in samples], batch_first=True, padding_value=pad_id)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        labels=pad_sequence([s.labels for s in samples], batch_first=True, padding_value=IGNORE_INDEX),
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        attention_mask=pad_sequence(numbers, batch_first=True),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         pixels=torch.cat(pictures) if pictures else None,
         patches=torch.cat(patches) if patches else None,
         text=stack_instructions(instructions) if instructions else None,
         replaced=tuple(entry for sample in samples for entry in sample.replaced),
         truncated=sum(sample.truncated for sample in samples),
+        position_ids=None if pack_to is None else pad_sequence(positions, batch_first=True),
+        padded_positions=longest * len(samples),
     )
+
+
+def _without_first(labels: Tensor) -> Tensor:
+    """Labels of a sample, the first of which nothing before it predicts."""
+    return torch.cat([labels.new_full((1,), IGNORE_INDEX), labels[1:]])

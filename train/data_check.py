@@ -67,17 +67,17 @@ class Findings:
         return {
             "pictures": f"{len(pictures):,}",
             "captions": f"{len(captions):,}",
-            "captions per picture": _spread(per_picture),
+            "captions per picture": spread(per_picture),
             "bad": f"{len(self.bad):,} (allowed: {self.allowed:,})",
             "pictures whose file came before": f"{same_file:,}",
             "pictures that look like one before": f"{max(0, _repeats(pictures['look']) - same_file):,}",
             "captions that came before": f"{same_text:,}",
             "captions of the same words as one before": f"{_repeats(captions['words']) - same_text:,}",
-            "characters of a caption": _spread(captions["characters"]),
-            "tokens of a caption": _spread(captions["tokens"]),
+            "characters of a caption": spread(captions["characters"]),
+            "tokens of a caption": spread(captions["tokens"]),
             f"captions over {self.context_length} tokens": f"{self.too_long:,}",
-            "shorter side, pixels": _spread(sides.min(axis=0)),
-            "longer side, pixels": _spread(sides.max(axis=0)),
+            "shorter side, pixels": spread(sides.min(axis=0)),
+            "longer side, pixels": spread(sides.max(axis=0)),
         }
 
     @property
@@ -135,7 +135,7 @@ def _inspected(pairs: Pairs, tokenizer: Tokenizer, workers: int) -> Iterator[_Pa
         _Inspector(pairs, tokenizer),
         sampler=chunks,  # type: ignore[arg-type]
         batch_size=None,
-        collate_fn=_as_is,
+        collate_fn=as_is,
         num_workers=min(workers, len(chunks)),
     )
     with progress_bar(len(pairs), "reading") as bar:
@@ -170,7 +170,8 @@ class _Inspector(Dataset[Any]):
         return _Part(np.array(pictures, dtype=PICTURE), np.array(captions, dtype=CAPTION), bad)
 
 
-def _as_is(item: Any) -> Any:
+def as_is(item: Any) -> Any:
+    """Collates nothing."""
     return item
 
 
@@ -181,7 +182,8 @@ def _repeats(ids: Column) -> int:
     return len(ids) - len(np.unique(ids))
 
 
-def _spread(values: Column) -> str:
+def spread(values: Column) -> str:
+    """Least, greatest and median."""
     low, middle, high = np.percentile(values, (0, 50, 100))
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, median {middle:,.0f}"
 

@@ -176,6 +176,11 @@ def check_fit(config: AlignConfig) -> None:
         _check_lengths(stage, tokens_per_image, model["llm"])
 
 
+def tokens_per_image(config: VlmConfig) -> int:
+    """Tokens that one picture takes, told without a weight; raises as `check_fit`."""
+    return _vision_language_model(config)[1]
+
+
 def _check_lengths(stage: Stage, tokens_per_image: int, llm: Any) -> None:
     context = getattr(llm.config, "max_position_embeddings", None)
     if context is not None and stage.max_length > context:

@@ -22,6 +22,7 @@ WITHIN = "#"
 _CHUNK = 1 << 20  # bytes
 _ROWS = 1000  # of a table at once
 _IMAGES = ("image", "images")
+_TALKS = {"conversations", "messages"}
 
 
 class RecordFile(Protocol):
@@ -55,6 +56,24 @@ def open_records(file: str | Path) -> RecordFile:
         siblings = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"conversation file {name!r} does not exist{nearest(name, siblings)}")
     return JsonRecords(path)
+
+
+def holds_conversations(file: str) -> bool:
+    """Whether a data source is one of conversations, by its first record: captions come in tables as well.
+
+    Raises:
+        DataError: it is there, and cannot be read.
+    """
+    if not file.startswith(HUB) and not file.endswith(".parquet"):
+        path = Path(file)
+        if path.suffix in (".json", ".jsonl") and path.is_file():
+            first = next((raw for _, _, raw in _scan(path)), None)
+            return isinstance(first, dict) and bool(_TALKS & first.keys())
+        if not (path.is_dir() and any(path.glob("*.parquet"))):
+            return False
+    elif not file.startswith(HUB) and not find_files(file):
+        return False
+    return bool(_TALKS & set(TableRecords(file).table.column_names))
 
 
 class JsonRecords:

@@ -9,13 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
+from vlm_vision.train.conversation_check import measure_for_training
 from vlm_vision.train.conversations import (
     Batch,
     ConversationDataset,
@@ -34,6 +37,7 @@ from vlm_vision.train.deepspeed_engine import (
     save_engine,
     start_engine,
 )
+from vlm_vision.train.length_groups import LengthGroups
 from vlm_vision.train.optim import (
     parameter_groups,
     set_learning,
@@ -58,6 +62,7 @@ def run_stage(
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batch_size = _micro_batch_size(stage, world)
     data = _open_data(model, stage)
+    measured = measure_for_training(data, stage.sources[0].workers)
     total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
     start = found[0] if found else 0
@@ -83,13 +88,14 @@ def run_stage(
         load_engine(engine, found[1])
 
     bad = BadRecords(folder / "bad_samples.jsonl", data.conversations)
-    counts = torch.zeros(2, dtype=torch.long, device=engine.device)  # records replaced, texts truncated
+    # Records replaced, texts truncated; tokens, places that they took, and would take one in a row.
+    counts = torch.zeros(5, dtype=torch.long, device=engine.device)
     began = time.perf_counter()
     loss = float("nan")
     engine.train()
     bar = run.progress(total, stage.name, start=start)
     for step, pieces in enumerate(
-        _loader(data, stage, seed, start, total, micro_batch_size), start=start + 1
+        _loader(data, measured, stage, seed, start, total, micro_batch_size), start=start + 1
     ):
         # Dropout draws from here; seeding by step makes a resumed run draw the same.
         torch.manual_seed(seed * 1_000_003 + step * world + rank)
@@ -97,7 +103,8 @@ def run_stage(
         loss, grad_norm = _optimizer_step(engine, pieces, step)
         for piece in pieces:
             bad.note(piece.replaced)
-            counts += torch.tensor([len(piece.replaced), piece.truncated], device=engine.device)
+            places = [piece.num_tokens, piece.input_ids.numel(), piece.padded_positions]
+            counts += torch.tensor([len(piece.replaced), piece.truncated, *places], device=engine.device)
         bar.update()
         if step % stage.log_every == 0 or step == total:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -110,7 +117,7 @@ def run_stage(
     make_whole(model)
     engine.destroy()
     dist.all_reduce(counts)
-    replaced, truncated = counts.tolist()
+    replaced, truncated, tokens, taken, padded = counts.tolist()
     figures = {
         "loss": loss,
         "steps": total,
@@ -118,7 +125,11 @@ def run_stage(
         "conversations_per_second": round((total - start) * stage.batch_size / seconds, 2),
         "replaced": replaced,
         "truncated": truncated,
+        "padding": round(1 - tokens / max(1, taken), 4),
+        "padding_saved": round(1 - taken / max(1, padded), 4),
     }
+    if run.is_main and stage.packing:
+        print(f"  packed: {figures['padding']:.1%} padding; {figures['padding_saved']:.1%} of places saved")
     if run.is_main and (replaced or truncated):
         print(f"  {replaced} bad records replaced, {truncated} texts truncated at {stage.max_length} tokens")
     return {"parts": parts, "figures": figures}
@@ -169,6 +180,7 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
             attention_mask=piece.attention_mask.to(engine.device),
             labels=piece.labels.to(engine.device),
             pixels=None if piece.pixels is None else piece.pixels.to(engine.device),
+            position_ids=None if piece.position_ids is None else piece.position_ids.to(engine.device),
             label_count=label_count,
             patches=None if piece.patches is None else piece.patches.to(engine.device),
             text=None if piece.text is None else {k: v.to(engine.device) for k, v in piece.text.items()},
@@ -214,19 +226,36 @@ def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
 
 
 def _loader(
-    data: ConversationDataset, stage: Stage, seed: int, start: int, stop: int, micro_batch_size: int
+    data: ConversationDataset,
+    measured: NDArray[Any],
+    stage: Stage,
+    seed: int,
+    start: int,
+    stop: int,
+    micro_batch_size: int,
 ) -> DataLoader[Any]:
     """This rank's share of every batch from step `start` on, in pieces of the micro batch size."""
     rank, world = dist.get_rank(), dist.get_world_size()
     order = data.conversations.order(seed)
+    if stage.group_by_length:
+        lengths, pictures = (np.zeros(len(data), dtype=np.int64) for _ in range(2))
+        lengths[measured["index"]], pictures[measured["index"]] = measured["kept"], measured["pictures"]
+        order = LengthGroups(order, lengths, pictures, stage.batch_size, seed)
     return DataLoader(
         data,
         batch_sampler=EpochBatches(order, stage.batch_size, seed, start, stop, rank, world),
-        collate_fn=partial(_pieces, micro_batch_size=micro_batch_size, pad_id=data.chat.pad_id),
+        collate_fn=partial(
+            _pieces,
+            micro_batch_size=micro_batch_size,
+            pad_id=data.chat.pad_id,
+            pack_to=stage.max_length if stage.packing else None,
+        ),
         num_workers=stage.sources[0].workers,
     )
 
 
-def _pieces(samples: Sequence[Sample], micro_batch_size: int, pad_id: int) -> list[Batch]:
+def _pieces(
+    samples: Sequence[Sample], micro_batch_size: int, pad_id: int, pack_to: int | None
+) -> list[Batch]:
     firsts = range(0, len(samples), micro_batch_size)
-    return [collate(samples[first : first + micro_batch_size], pad_id) for first in firsts]
+    return [collate(samples[first : first + micro_batch_size], pad_id, pack_to) for first in firsts]

@@ -47,6 +47,7 @@ from vlm_vision.train.conversations import (
     stack_instructions,
 )
 from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
+from vlm_vision.train.packing import attention_inputs
 from vlm_vision.train.vlm_import import FOREIGN, check_loaded, read_parts
 from vlm_vision.train.vlm_processor import MODEL_TYPE, TOKENIZER_FOLDER, VisionLanguageConfig
 
@@ -164,6 +165,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         patches: Float[Tensor, "p n d"] | None = None,
         text: Mapping[str, Tensor] | None = None,
         pixel_values: Float[Tensor, "p 3 h w"] | None = None,
+        position_ids: Int[Tensor, "b t"] | None = None,
     ) -> VlmOutput:
         """Next-token logits, or with labels their loss.
 
@@ -176,16 +178,19 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             text: `text_ids` and `text_mask` [P,T] of the pictures, for a projector that reads text; see
                 `asked`.
             pixel_values: what transformers calls `pixels`; one of the two.
+            position_ids: of packed rows, whose attention mask counts conversations; see train/packing.py.
 
         Raises:
             DataError: image tokens and pictures do not match.
         """
         pixels = pixel_values if pixels is None else pixels
-        inputs = {
-            "inputs_embeds": self.embed(input_ids, pixels, patches, text),
-            "attention_mask": attention_mask,
-            "use_cache": False,
-        }
+        embeddings = self.embed(input_ids, pixels, patches, text)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
+        if position_ids is not None:
+            inputs = attention_inputs(self.llm, embeddings, attention_mask, position_ids)
+            if labels is not None:
+                labels = labels.reshape(inputs["inputs_embeds"].shape[:2])
+        inputs["use_cache"] = False
         if labels is None:
             return VlmOutput(None, self.llm(**inputs).logits)
         targets = labels[:, 1:]

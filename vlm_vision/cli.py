@@ -237,6 +237,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "check train.parquet --caption-column class_name -o runs/check   # and a page of plots and samples",
         "check configs/flickr8k_contrastive.yaml   # its data node",
         "check 's3://bucket/shards/{0..9}.tar' --workers 8",
+        "check llava.json --image-folder images --tokenizer vicuna --chat-template v1 --tokens-per-image 576",
         "pack pairs.csv -o shards",
         "pack hub:owner/name@train -o shards --shard-size 1000",
     )
@@ -257,6 +258,11 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
     columns.add_argument(
         "--max-bad-share", type=_share, metavar="SHARE", help="samples that may be bad (default: 0.01)"
     )
+    talks = data.add_argument_group("of conversations (a file of these, or a YAML file with stages)")
+    talks.add_argument("--tokenizer", metavar="LLM", help="count tokens by that of a language model")
+    talks.add_argument("--chat-template", metavar="NAME", help="plain, v1, llama_2, chatml or a .jinja file")
+    talks.add_argument("--tokens-per-image", type=_positive, metavar="N", help="that a picture takes")
+    talks.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a record (default: 2048)")
     data.add_argument(
         "--shard-size", type=_positive, metavar="N", help="of pack: samples of a tar (default: 10,000)"
     )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vlm_vision.dual_encoder import DualEncoder
     from vlm_vision.text import Tokenizer
     from vlm_vision.tower import VisionTower
+    from vlm_vision.train.align_config import AlignConfig
+    from vlm_vision.train.conversations_config import ConversationNode
     from vlm_vision.train.pairs_config import DataConfig
     from vlm_vision.train.validation_config import ValidationConfig
     from vlm_vision.train.vlm import VisionLanguageModel
@@ -313,6 +315,10 @@ def data(arguments: argparse.Namespace) -> None:
     checks = arguments.action == "check"
     if checks and arguments.shard_size is not None:
         raise ConfigError("--shard-size is for data pack")
+    talks = _conversations_of(arguments)
+    if talks is not None:
+        _check_conversations(arguments, talks)
+        return
     if not checks and arguments.output is None:
         raise ConfigError("data pack needs a folder for the tars: -o FOLDER")
     config, tokenizer = _data_of(arguments)
@@ -330,18 +336,97 @@ def data(arguments: argparse.Namespace) -> None:
     from vlm_vision.train.data_check import check_data, write_findings
 
     findings = check_data(config, tokenizer=tokenizer(), workers=workers)
+    _tell_findings(findings)
+    if arguments.output is not None:
+        write_findings(findings, arguments.output, f"Data: {arguments.source}")
+        print(f"report: {Path(arguments.output) / 'report.html'}")
+    _refuse_bad(findings)
+
+
+def _tell_findings(findings: Any) -> None:
     for name, value in findings.table.items():
         print(f"{name:42} {value}")
     for reason in findings.bad[:5]:
         print(f"bad: {reason}")
-    if arguments.output is not None:
-        write_findings(findings, arguments.output, f"Data: {arguments.source}")
-        print(f"report: {Path(arguments.output) / 'report.html'}")
+
+
+def _refuse_bad(findings: Any) -> None:
     if len(findings.bad) > findings.allowed:
         raise DataError(
             f"{len(findings.bad):,} rows or samples are bad, max_bad_share allows {findings.allowed:,}: "
             "mend them, or raise it"
         )
+
+
+def _conversations_of(arguments: argparse.Namespace) -> AlignConfig | ConversationNode | None:
+    """The conversations that a command line names; None where it names pictures with captions."""
+    from vlm_vision.config import read_yaml, validate
+    from vlm_vision.train.align_config import AlignConfig
+    from vlm_vision.train.conversations_config import ConversationNode
+    from vlm_vision.train.record_files import holds_conversations
+
+    source = arguments.source
+    if Path(source).suffix.lower() in (".yaml", ".yml"):
+        tree = read_yaml(Path(source))
+        if "stages" in tree:
+            return validate(AlignConfig, tree, source)
+        nodes = tree.get("data")
+        first = nodes[0] if isinstance(nodes, list) and nodes else nodes
+        if not (isinstance(first, dict) and "file" in first):
+            return None
+        return validate(ConversationNode, {"data": nodes}, source)
+    if not holds_conversations(source):
+        return None
+    given = {name: getattr(arguments, name) for name in ("image_folder", "max_bad_share")}
+    node = {"file": source, **{name: value for name, value in given.items() if value is not None}}
+    return validate(ConversationNode, {"data": node}, "the command line")
+
+
+def _check_conversations(arguments: argparse.Namespace, talks: AlignConfig | ConversationNode) -> None:
+    from vlm_vision.train.align_config import AlignConfig
+    from vlm_vision.train.chat_format import ChatFormat, read_template
+    from vlm_vision.train.conversation_check import check_conversations, write_conversation_findings
+    from vlm_vision.train.plan import tokens_per_image
+    from vlm_vision.train.vlm import load_tokenizer
+
+    if arguments.action != "check":
+        raise ConfigError(f"{arguments.source}: data pack writes tars of pictures with captions alone")
+    workers = (os.cpu_count() or 1) if arguments.workers is None else arguments.workers
+    options = ("tokenizer", "chat_template", "tokens_per_image", "max_length")
+    given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    if isinstance(talks, AlignConfig):
+        if given:
+            option = "--" + next(iter(given)).replace("_", "-")
+            raise ConfigError(f"{option}: {arguments.source} says it; change it there")
+        image_tokens = tokens_per_image(talks.model)
+        model = talks.model
+        parts = [
+            (f"stage {stage.name!r}", stage.data, model.llm, stage.chat_template or model.chat_template,
+             stage.max_length, stage.name) for stage in talks.stages
+        ]  # fmt: skip
+    else:
+        tokenizer, template = arguments.tokenizer, arguments.chat_template
+        if given and (tokenizer is None or arguments.tokens_per_image is None):
+            raise ConfigError("to count tokens, give both --tokenizer and --tokens-per-image")
+        image_tokens = arguments.tokens_per_image or 1
+        parts = [("", talks.data, tokenizer, template, arguments.max_length or 2048, "")]
+    found = []
+    for title, data, tokenizer, template, max_length, folder in parts:
+        chat = None
+        if tokenizer is not None:
+            text = None if template is None else read_template(template)
+            chat = ChatFormat(load_tokenizer(tokenizer, text), image_tokens)
+        findings = check_conversations(data, chat=chat, max_length=max_length, workers=workers)
+        if title:
+            print(title)
+        _tell_findings(findings)
+        if arguments.output is not None:
+            output = Path(arguments.output) / folder
+            write_conversation_findings(findings, output, f"Data: {title or arguments.source}")
+            print(f"report: {output / 'report.html'}")
+        found.append(findings)
+    for findings in found:
+        _refuse_bad(findings)
 
 
 def _data_of(arguments: argparse.Namespace) -> tuple[DataConfig, Callable[[], Tokenizer]]:
