@@ -201,3 +201,6 @@ def test_liger_is_called_as_its_class_takes_it(monkeypatch: pytest.MonkeyPatch) 
     fused = gradients(llm, inputs, label_loss(llm, inputs, keep, targets, "liger"))
     plain = gradients(llm, inputs, label_loss(llm, inputs, keep, targets))
     assert all(torch.allclose(fused[name], plain[name], atol=1e-6) for name in plain)
+    llm.lm_head = nn.Sequential(llm.lm_head)
+    with pytest.raises(ConfigError, match="this one is a Sequential"):
+        label_loss(llm, inputs, keep, targets, "liger")
