@@ -69,7 +69,7 @@ def save_lora(model: VisionTower | DualEncoder, folder: str | Path, *, base: str
     learnt = {library_name(model, name): tensor for name, tensor in _learnt(model)}
     state, layout = _under_transformers_names(model, learnt), "transformers"
     if state is None:
-        state, layout = {_theirs(name): tensor for name, tensor in learnt.items()}, "open_clip"
+        state, layout = {peft_name(name): tensor for name, tensor in learnt.items()}, "open_clip"
     adapted = tuple(sorted({name.partition(".lora_")[0] for name in state if ".lora_" in name}))
     within = {
         library_name(model, name)
@@ -101,8 +101,8 @@ def _learnt(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffers[name]) for name in model.state_dict() if name in buffers)
 
 
-def _theirs(name: str) -> str:
-    """A name as peft saves it: without the adapter's."""
+def peft_name(name: str) -> str:
+    """A tensor's name as peft saves it: without the adapter's."""
     for ours, theirs in _SUFFIXES.items():
         if name.endswith(ours):
             return name.removesuffix(ours) + theirs
@@ -116,13 +116,14 @@ def _under_transformers_names(
     if _source(model) == "transformers":
         scalars = {"logit_scale", "logit_bias"} if getattr(model, "logit_bias", None) is not None else set()
         return {
-            _theirs(name): tensor.reshape(1) if name in scalars else tensor for name, tensor in learnt.items()
+            peft_name(name): tensor.reshape(1) if name in scalars else tensor
+            for name, tensor in learnt.items()
         }
     names = [library_name(model, name) for name, _ in model.named_parameters()]
     adapted = {name.partition(".lora_")[0] for name in learnt if ".lora_" in name}
     state: dict[str, Tensor] = {}
     for name, tensor in learnt.items():
-        layer, dot, factor = _theirs(name).partition(".lora_")
+        layer, dot, factor = peft_name(name).partition(".lora_")
         plain = f"{layer}.weight" if dot else name.replace(".base_layer.", ".")
         slot = slot_of(plain)
         if dot or slot.parts > 1:  # one layer to one layer

@@ -17,8 +17,11 @@ from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.conversations import read_template
-from vlm_vision.train.deepspeed_engine import join_ranks
+from vlm_vision.train.deepspeed_engine import current_device, join_ranks
+from vlm_vision.train.deepspeed_json import read_deepspeed
+from vlm_vision.train.llm_adapters import save_llm_lora
 from vlm_vision.train.plan import check_fit
+from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process
 from vlm_vision.train.stage import run_stage
 from vlm_vision.train.vlm import (
@@ -33,14 +36,15 @@ from vlm_vision.train.vlm import (
     with_vocabulary,
 )
 
-DONE_FILE = "done.json"
+DONE_FILE, ADAPTERS_FOLDER = "done.json", "adapters"
 
 
 def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> dict[str, dict[str, float]]:
     """Run the stages one after another; the finished model is `output/model`.
 
     Each stage is a run folder `output/<stage>`. When it ends, it leaves the parts that learnt in its `model`
-    and its figures in `done.json`; the next stage starts from these parts.
+    and its figures in `done.json`; the next stage starts from these parts. Adapters are merged in them; with
+    `keep_adapters` those of the language model are in `output/<stage>/adapters` as well.
 
     Args:
         resume: skip finished stages and continue the unfinished one from its newest checkpoint, bit-exact.
@@ -55,7 +59,12 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         VlmVisionError: a loss that is not finite.
     """
     check_fit(config)
-    rank, _, _ = join_ranks()
+    rank, _, device = join_ranks()
+    for stage in config.stages:
+        if stage.deepspeed is not None:
+            read_deepspeed(stage.deepspeed)
+        if stage.quantise != "none":
+            check_quantise(config.model, device)
     output = Path(output)
     figures: dict[str, dict[str, float]] = {}
     learnt: dict[Part, Path] = {}
@@ -72,6 +81,11 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
             model.use_loss_kernel(stage.loss_kernel)
             record = run_stage(model, stage, config.seed, folder, resume=resume)
             if rank == 0:
+                if stage.quantise != "none":
+                    source = learnt.get("llm", config.model.llm)
+                    model.llm = onto_whole_weights(model.llm.cpu(), source, stage.lora)
+                if stage.keep_adapters:
+                    save_llm_lora(model, folder / ADAPTERS_FOLDER, stage.lora, base=str(config.model.llm))
                 if any(rule.learn == "lora" for rule in stage.learn):
                     merge_lora(model)
                 model.save_pretrained(target, parts=PARTS if is_last else record["parts"])
@@ -95,7 +109,9 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
     template = stage.chat_template or config.chat_template
     tokenizer = load_tokenizer(config.llm, None if template is None else read_template(template))
     tower = load_tower(learnt.get("tower", config.tower))
-    if "llm" in learnt:
+    if stage.quantise != "none":
+        llm = load_llm_nf4(learnt.get("llm", config.llm), current_device())
+    elif "llm" in learnt:
         llm = load_llm(learnt["llm"], dtype=dtype)
     else:
         llm = load_llm(config.llm, dtype=dtype, weights=config.llm_weights)

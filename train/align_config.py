@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
 from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
@@ -59,8 +60,11 @@ class Stage(Config):
         learn: rules over parameter names, which begin with `vision_tower.`, `projector.` or `llm.`.
         lora: settings of the adapters that rules with `learn: lora` put on.
         chat_template: a name or a .jinja file for this stage alone.
-        lr: peak learning rate.
-        warmup: share of the steps with linear warm-up; a cosine to 0 follows.
+        lr, weight_decay: peak learning rate and decay; a rule may have its own of each.
+        schedule: what follows the warm-up: a cosine or a line down to `lr_floor`, or no change.
+        warmup: share of the steps with linear warm-up.
+        warmup_steps: their number, in place of the share.
+        lr_floor: share of the peak rate that is left at the end.
         epochs, steps: length; one of them.
         batch_size: conversations per optimizer step over all ranks.
         group_by_length: batches of about one length, of text alone apart from those with pictures.
@@ -70,6 +74,13 @@ class Stage(Config):
         max_length: tokens of a conversation, its pictures' included.
         zero_stage: what DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 and gradients,
             3 and weights.
+        offload: what DeepSpeed keeps in the CPU's memory: the optimizer's states, from ZeRO-1 on, or
+            `parameters` as well, with ZeRO-3.
+        keep_adapters: leave the language model's adapters, as peft reads them, in the stage's `adapters`;
+            they are merged in its `model` all the same.
+        deepspeed: a JSON file of DeepSpeed's own settings, merged over those that are made of the stage.
+        quantise: `nf4` holds the language model's linear layers in 4 bits while adapters on them learn
+            (QLoRA, arXiv:2305.14314); takes a GPU and bitsandbytes.
         precision: bf16 computes in bfloat16 and keeps an fp32 copy of what learns.
         activation_checkpointing: recompute the language model's activations in the backward pass.
         loss_kernel: `chunks` computes the logits of labels a few thousand at a time; `liger` runs
@@ -85,7 +96,10 @@ class Stage(Config):
     lr: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.03
+    warmup_steps: NonNegativeInt | None = None
+    lr_floor: Share = 0.0
     epochs: PositiveFloat | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt
@@ -95,6 +109,10 @@ class Stage(Config):
     max_length: PositiveInt = 2048
     grad_clip: PositiveFloat | None = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    keep_adapters: bool = False
+    deepspeed: str | None = None
+    quantise: Literal["none", "nf4"] = "none"
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     loss_kernel: Literal["chunks", "liger"] = "chunks"
@@ -102,9 +120,38 @@ class Stage(Config):
     save_every: PositiveInt | None = None
 
     @model_validator(mode="after")
+    def _has_one_warmup(self) -> Stage:
+        if self.warmup_steps is not None and "warmup" in self.model_fields_set:
+            raise ValueError("give the warm-up once, as `warmup` or as `warmup_steps`")
+        return self
+
+    @model_validator(mode="after")
     def _has_one_length(self) -> Stage:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length of the stage once, as `epochs` or as `steps`")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Stage:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload!r} takes zero_stage {least} or more")
+        return self
+
+    @model_validator(mode="after")
+    def _nf4_fits(self) -> Stage:
+        if self.quantise == "none":
+            return self
+        if self.zero_stage == 3:
+            raise ValueError(
+                "quantise: nf4 takes zero_stage 2 or less: ZeRO-3 cannot shard weights of 4 bits"
+            )
+        if self.precision != "bf16":
+            raise ValueError("quantise: nf4 computes in bfloat16: set precision: bf16")
+        if self.lora.variant == "dora":
+            raise ValueError(
+                "quantise: nf4 goes with the LoRA variants lora and rslora: DoRA reads whole weights"
+            )
         return self
 
     @model_validator(mode="after")
@@ -114,6 +161,12 @@ class Stage(Config):
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    def warm_steps(self, total: int) -> int:
+        """Steps of warm-up, of `total`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(total, max(1, math.ceil(self.warmup * total)))
 
     @property
     def sources(self) -> tuple[ConversationConfig, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlm_vision.errors import ConfigError, WeightsError, require
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import save_checkpoint
+from vlm_vision.train.deepspeed_json import merge_deepspeed
 
 TAG, STATE_FILE = "engine", "state.json"
 
@@ -54,15 +55,27 @@ def join_ranks() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def current_device() -> torch.device:
+    """This rank's, once it has joined."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 def engine_settings(
     stage: Stage, world: int, micro_batch_size: int, width: int, learning: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, with every value given.
+    """DeepSpeed's configuration, with every value given, and the stage's own JSON merged over it.
 
     Args:
         micro_batch_size: conversations that a rank runs at once.
         width: channels of the language model, by which ZeRO-3's buckets scale (as Hugging Face sets them).
         learning: parameters that learn; no bucket need hold more.
+
+    Raises:
+        ConfigError: as `merge_deepspeed`.
     """
     bucket = min(learning + learning % 2, 500_000_000)  # DeepSpeed asserts that it is even
     zero: dict[str, Any] = {
@@ -82,7 +95,12 @@ def engine_settings(
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
-    return {
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage.offload != "none":
+        zero["offload_optimizer"] = host
+    if stage.offload == "parameters":
+        zero["offload_param"] = host
+    settings: dict[str, Any] = {
         "train_batch_size": stage.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": stage.batch_size // (world * micro_batch_size),
@@ -91,9 +109,12 @@ def engine_settings(
         "fp16": {"enabled": False},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW runs on the CPU as well, and needs no compiler, as DeepSpeed's own does.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
     }
+    return settings if stage.deepspeed is None else merge_deepspeed(settings, stage.deepspeed)
 
 
 def start_engine(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from vlm_vision.adapters.lora import add_lora
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.errors import ConfigError, require
 from vlm_vision.train.rules import Rule, base_name, check_rules, matching_rule
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def apply_rules(model: nn.Module, rules: Sequence[Rule]) -> None:
@@ -108,12 +110,24 @@ def warmup_cosine(
 
     Same values as open_clip's `cosine_lr` (`open_clip_train/scheduler.py`), which sets one rate for all.
     """
+    return warmup_schedule(optimizer, "cosine", total_steps, warmup, floor)
+
+
+def warmup_schedule(
+    optimizer: torch.optim.Optimizer, shape: Schedule, total_steps: int, warmup: int, floor: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine or a line to `floor`, or no change; a factor on each group's own rate."""
+    falls: dict[Schedule, Callable[[float], float]] = {
+        "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": lambda progress: 1 - progress,
+        "constant": lambda progress: 1.0,
+    }
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, total_steps - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return floor + (1 - floor) * falls[shape](min(1.0, progress))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from vlm_vision.adapters.lora import has_lora
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
@@ -42,11 +43,11 @@ from vlm_vision.train.optim import (
     parameter_groups,
     set_learning,
     trainable_summary,
-    warmup_cosine,
-    warmup_steps,
+    warmup_schedule,
 )
 from vlm_vision.train.pairs import EpochBatches, write_bad_list
 from vlm_vision.train.patch_cache import kept_features
+from vlm_vision.train.quantise import check_adapters_alone
 from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
@@ -79,7 +80,7 @@ def run_stage(
     parts = [part for part in PARTS if any(p.requires_grad for p in model.part(part).parameters())]
     groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
-    schedule = warmup_cosine(optimizer, total, warmup_steps(total, total, stage.warmup))
+    schedule = warmup_schedule(optimizer, stage.schedule, total, stage.warm_steps(total), stage.lr_floor)
     learning = sum(count for count, _ in summary.values())
     plain_attention(model.llm)
     settings = engine_settings(stage, world, micro_batch_size, embedding_width(model.llm), learning)
@@ -199,7 +200,12 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
 
 def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
     """Put adapters in and set who learns."""
+    check_adapters_alone(model, stage)
     set_learning(model, stage.learn, stage.lora)
+    if stage.keep_adapters and not has_lora(model.llm):
+        raise ConfigError(
+            f"stage {stage.name!r}: keep_adapters, but no rule puts adapters on the language model"
+        )
     if stage.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import TOWER, colour_records, tiny_llm, tiny_tower
 
-from vlm_vision.config import load_config
+from vlm_vision.config import load_config, read_yaml
 from vlm_vision.errors import ConfigError, DataError, VlmVisionError
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig, ConversationConfig, Stage
@@ -18,6 +18,7 @@ from vlm_vision.train.chat_format import read_template
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.deepspeed_engine import engine_settings
 from vlm_vision.train.evaluate import answer_questions, vqa_accuracy
+from vlm_vision.train.plan import plan_align
 from vlm_vision.train.rules import Rule
 from vlm_vision.train.run import read_metrics
 from vlm_vision.train.vlm import VisionLanguageModel
@@ -310,7 +311,12 @@ def test_random_language_model_only_when_asked_for(data: Path, tmp_path: Path) -
     assert not torch.equal(stored["lm_head.weight"], built["lm_head.weight"])
 
 
-@pytest.mark.parametrize("name", ["demo_align", "llava15_7b_stage1", "llava15_7b_stage2"])
+SHIPPED = sorted(
+    path.stem for path in CONFIGS.glob("*.yaml") if {"model", "stages"} == read_yaml(path).keys()
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_load(name: str) -> None:
     settings = load_config(AlignConfig, CONFIGS / f"{name}.yaml")
     for template in {settings.model.chat_template, *(stage.chat_template for stage in settings.stages)} - {
@@ -339,3 +345,37 @@ def test_llava_configs_have_the_published_settings() -> None:
         "depth": 2,
         "activation": "gelu",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    # Of each stage: rate, batch, ZeRO stage, and rates of parts that have their own.
+    [
+        ("llava15_13b_stage1", [(1e-3, 256, 2, {})]),
+        ("llava15_13b_stage2", [(2e-5, 128, 3, {})]),
+        ("llava15_7b_lora", [(2e-4, 128, 3, {"projector.*": 2e-5})]),
+        ("llava15_7b_qlora", [(2e-4, 128, 2, {"projector.*": 2e-5})]),
+        ("llava_next_7b", [(1e-3, 512, 3, {}), (1e-5, 128, 3, {"vision_tower.*": 2e-6})]),
+        ("blip2_align", [(1e-4, 1024, 2, {})]),
+        ("small_24gb", [(1e-3, 256, 0, {}), (2e-5, 128, 0, {})]),
+    ],
+)
+def test_published_rates(name: str, published: list[Any]) -> None:
+    stages = load_config(AlignConfig, CONFIGS / f"{name}.yaml").stages
+    for stage, (lr, batch_size, zero_stage, own) in zip(stages, published, strict=True):
+        assert (stage.lr, stage.batch_size, stage.zero_stage) == (lr, batch_size, zero_stage)
+        assert {rule.match: rule.lr for rule in stage.learn if rule.lr is not None} == own
+        assert (stage.precision, stage.activation_checkpointing) == ("bf16", True)
+
+
+def test_lora_configs_name_the_linear_layers_of_vicunas_blocks() -> None:
+    lora, qlora = (
+        load_config(AlignConfig, CONFIGS / f"llava15_7b_{name}.yaml") for name in ("lora", "qlora")
+    )
+    for settings in (lora, qlora):
+        stage = settings.stages[0]
+        assert (stage.lora.rank, stage.lora.alpha, stage.lora.dropout) == (128, 256, 0.05)
+    assert (lora.stages[0].quantise, qlora.stages[0].quantise) == ("none", "nf4")
+    parts = {part.name: part.learning for part in plan_align(lora).stages[0].parts}
+    # Rank 128 in q, k, v, o (2 x 4096 each) and gate, up, down (4096 + 11008 each) of 32 blocks.
+    assert parts["llm"] == 32 * 128 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 319_815_680

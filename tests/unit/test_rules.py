@@ -41,6 +41,19 @@ def test_a_rule_that_names_nothing_tells_the_nearest() -> None:
         check_rules(NAMES, [Rule(match="*"), Rule(match="towr.*")])
 
 
+def test_a_range_of_layers() -> None:
+    names = [f"vision_tower.encoder.layers.{number}.fc.weight" for number in range(24)]
+    rule = Rule(match="vision_tower.*.layers.9-11.*")
+    assert [name for name in names if matching_rule(name, [rule])] == names[9:12]
+    check_rules(names, [rule])
+    with pytest.raises(
+        ConfigError, match=r"nothing is there for 'vision_tower.\*.layers.24.\*' of its range"
+    ):
+        check_rules(names, [Rule(match="vision_tower.*.layers.22-24.*")])
+    with pytest.raises(ConfigError, match="the range 11-9 goes down"):
+        matching_rule(names[0], [Rule(match="*.11-9.*")])
+
+
 @pytest.mark.parametrize(
     ("name", "base"),
     [
