@@ -54,6 +54,8 @@ def measure(
     too_long: Literal["truncate", "refuse"] = "truncate",
     read_pictures: bool = False,
     workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Measures:
     """Read every record once.
 
@@ -61,10 +63,10 @@ def measure(
         chat: without it no token is counted.
         read_pictures: decode them too; else it is only seen that their paths stay within the image folder.
         workers: processes that read; 0 reads in this one.
+        rank, world: read every world-th chunk alone, from this one on.
     """
-    chunks = [
-        range(first, min(first + CHUNK, len(conversations))) for first in range(0, len(conversations), CHUNK)
-    ]
+    starts = range(rank * CHUNK, len(conversations), world * CHUNK)
+    chunks = [range(first, min(first + CHUNK, len(conversations))) for first in starts]
     loader = DataLoader(
         _Measurer(conversations, chat, max_length, too_long, read_pictures),
         sampler=chunks,  # type: ignore[arg-type]
@@ -74,7 +76,7 @@ def measure(
         generator=torch.Generator(),  # or one rank alone would draw from the run's own
     )
     found, bad = [np.empty(0, MEASURE)], dict(conversations.bad)
-    with progress_bar(len(conversations), "read conversations") as bar:
+    with progress_bar(sum(map(len, chunks)), "read conversations") as bar:
         for chunk, part in zip(chunks, loader, strict=True):
             found.append(part.records)
             bad |= part.bad
@@ -83,27 +85,27 @@ def measure(
 
 
 def measure_for_training(data: ConversationDataset, workers: int) -> NDArray[Any]:
-    """Measures of a stage's records; rank 0 takes them, every rank must ask. What is bad will be replaced.
+    """Measures of a stage's records, of which each rank reads its share; what is bad will be replaced.
 
     Raises:
         DataError: more records than `max_bad_share` allows have too many tokens, cut off pictures or no
             label, or a picture outside the image folder; lists the first ones.
     """
-    found: list[Measures | None] = [None]
-    if dist.get_rank() == 0:
-        found = [
-            measure(
-                data.conversations,
-                data.chat,
-                max_length=data.max_length,
-                too_long=data.too_long,
-                workers=workers,
-            )
-        ]
-    dist.broadcast_object_list(found)
-    assert found[0] is not None
-    data.conversations.refuse(found[0].bad)
-    return found[0].records
+    world = dist.get_world_size()
+    mine = measure(
+        data.conversations,
+        data.chat,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        workers=workers,
+        rank=dist.get_rank(),
+        world=world,
+    )
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, mine)
+    data.conversations.refuse({index: why for share in found for index, why in share.bad.items()})
+    records = np.concatenate([share.records for share in found])
+    return records[np.argsort(records["index"])]
 
 
 class _Measurer(Dataset[Measures]):

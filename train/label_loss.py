@@ -39,12 +39,7 @@ def check_kernel(kernel: LossKernel, llm: Any) -> None:
     require("liger", "liger_kernel")
     if not torch.cuda.is_available():
         raise ConfigError("loss_kernel 'liger' runs on a GPU, and this process has none: use 'chunks'")
-    head = llm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ConfigError(
-            f"loss_kernel 'liger' computes a plain linear head, and this one is a {type(head).__name__}: use "
-            "'chunks', or train no adapter on it"
-        )
+    _check_plain(llm.get_output_embeddings())
     if changes_logits(llm):
         raise ConfigError(
             f"loss_kernel 'liger' takes logits as the head gives them, and {type(llm).__name__} changes them "
@@ -90,6 +85,14 @@ def label_loss(
     return total.reshape(())
 
 
+def _check_plain(head: Any) -> None:
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"loss_kernel 'liger' computes a plain linear head, and this one is a {type(head).__name__}: use "
+            "'chunks', or train no adapter on it"
+        )
+
+
 def changes_logits(llm: Any) -> bool:
     """Whether a language model scales, caps or cuts what its head gives; tried once on one token."""
     if llm not in _CHANGES:
@@ -121,6 +124,7 @@ def _cross_entropy(logits_of: Callable[[Tensor], Tensor], states: Tensor, target
 
 def _liger(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
     """arXiv:2410.10989: gradients of states and weights in the forward pass, chunk by chunk."""
+    _check_plain(head)  # adapters are put on after the kernel is chosen
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss: Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(head.weight, states, targets, head.bias)

@@ -48,8 +48,9 @@ from vlm_vision.train.conversations import (
 )
 from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
 from vlm_vision.train.packing import attention_inputs
-from vlm_vision.train.vlm_import import FOREIGN, check_loaded, read_parts
-from vlm_vision.train.vlm_processor import MODEL_TYPE, TOKENIZER_FOLDER, VisionLanguageConfig
+from vlm_vision.train.vlm_folder import FOREIGN, MODEL_TYPE
+from vlm_vision.train.vlm_import import check_loaded, read_parts
+from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfig
 
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
@@ -612,12 +613,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is none of torch; for example bfloat16")
     return found
-
-
-def is_vlm_folder(source: str | Path) -> bool:
-    """Whether `VisionLanguageModel.from_pretrained` takes a folder."""
-    path = Path(source) / "config.json"
-    return path.is_file() and _read_config(Path(source)).get("model_type") in (MODEL_TYPE, *FOREIGN)
 
 
 def _check_model_folder(folder: Path, config: Mapping[str, Any]) -> None:

@@ -22,17 +22,9 @@ from vlm_vision.preprocessor_file import PREPROCESSOR_FILE, PROCESSOR_FILE, read
 from vlm_vision.tower import VisionTower, load_tower, tower_config
 from vlm_vision.train.chat_format import read_template
 from vlm_vision.train.chat_parts import taking_text
+from vlm_vision.train.vlm_folder import LLAVA, LLAVA_HF
 from vlm_vision.weights import find_weights_file, load_strict, read_state_dict, without_init
 
-LLAVA_HF = "llava"
-LLAVA = {
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_mixtral": "mixtral",
-    "llava_qwen": "qwen2",
-}
-"""`model_type` of LLaVA's own models, and of the language model within."""
-FOREIGN = (LLAVA_HF, *LLAVA)
 # The prompts that LLaVA's code writes for a model of this kind, whose files say nothing of it.
 _TEMPLATES = {"llava_llama": "v1"}
 _TOWER_IN_LLAVA = "model.vision_tower.vision_tower."

@@ -20,8 +20,8 @@ from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.tower import resolve_folder
 from vlm_vision.train.chat_parts import taking_parts
 from vlm_vision.train.conversations import IMAGE_TOKEN
+from vlm_vision.train.vlm_folder import MODEL_TYPE
 
-MODEL_TYPE = "vlm_vision_language_model"
 TOKENIZER_FOLDER = "tokenizer"
 
 

@@ -251,11 +251,12 @@ def export(arguments: argparse.Namespace) -> None:
     from vlm_vision.adapters import load_adapter
     from vlm_vision.dual_encoder import load_dual_encoder
     from vlm_vision.export import export_clip, export_open_clip, export_transformers, load_whole_tower
+    from vlm_vision.train.vlm_folder import is_vlm_folder
 
     output = Path(arguments.output)
     if output.exists():
         raise ConfigError(f"{output} is there already: give another folder")
-    if arguments.to == "llava" or (arguments.to == "transformers" and _is_vlm(arguments.source)):
+    if arguments.to == "llava" or (arguments.to == "transformers" and is_vlm_folder(arguments.source)):
         _export_vlm(arguments, output)
         return
     if arguments.to in ("open_clip", "transformers"):
@@ -283,14 +284,6 @@ def export(arguments: argparse.Namespace) -> None:
         print("  its pooled output is zeros, for the same reason; features of patches are complete")
     layers = " and ".join(map(str, written.select_layers))
     print(f"  LLaVA: --vision_tower {output} --mm_vision_select_layer {layers}")
-
-
-def _is_vlm(source: str) -> bool:
-    if not (Path(source) / "config.json").is_file():
-        return False  # of which nothing of training need be loaded
-    from vlm_vision.train.vlm import is_vlm_folder
-
-    return is_vlm_folder(source)
 
 
 def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:

@@ -153,6 +153,20 @@ def test_checkpointed_activations_change_nothing(data: Path, tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_labels_in_chunks_change_nothing(
+    zero_stage: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"learn": EVERYTHING_BUT_TOWER, "zero_stage": zero_stage}
+    align(config(data, stage), tmp_path / "whole")
+    monkeypatch.setattr("vlm_vision.train.label_loss.CHUNK", 3)
+    align(config(data, stage), tmp_path / "chunks")
+    found = losses(tmp_path / "chunks" / "stage1")
+    # Worst difference measured: 2.4e-7.
+    assert len(found) == 8
+    assert found == pytest.approx(losses(tmp_path / "whole" / "stage1"), abs=1e-5)
+
+
 @pytest.mark.parametrize("learning", [7, 8, 10**9 + 1])
 def test_buckets_hold_what_learns_and_are_even(learning: int) -> None:
     """DeepSpeed's bf16 optimizer asserts it, and an odd vocabulary makes an odd number of parameters."""

@@ -249,11 +249,15 @@ def test_values_refer_to_each_other_in_a_file(tmp_path: Path) -> None:
 def class_of(path: Path) -> type[Config]:
     """The config class that a shipped file is for, told by the keys that only it has."""
     from vlm_vision.train.align_config import AlignConfig
+    from vlm_vision.train.compare_config import CompareConfig
     from vlm_vision.train.contrastive_config import ContrastiveConfig
     from vlm_vision.train.language_config import LanguageConfig
+    from vlm_vision.train.representation_config import RepresentationConfig
 
     classes: dict[str, type[Config]] = {
+        "projectors": CompareConfig,
         "stages": AlignConfig,
+        "qformer": RepresentationConfig,
         "vocab_size": LanguageConfig,
         "model": ContrastiveConfig,
         "backbone": TowerConfig,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tiny import TOWER, colour_records, tiny_llm, tiny_tokenizer
@@ -14,7 +15,7 @@ from vlm_vision.cli import main
 from vlm_vision.errors import DataError
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
-from vlm_vision.train.conversation_check import ConversationFindings, check_conversations
+from vlm_vision.train.conversation_check import ConversationFindings, check_conversations, measure
 from vlm_vision.train.conversations import ChatFormat
 from vlm_vision.train.conversations_config import ConversationConfig
 
@@ -94,6 +95,12 @@ def test_workers_find_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     alone, helped = look_at(data), look_at(data, workers=2)
     assert alone.measures.records.tolist() == helped.measures.records.tolist()
     assert alone.bad == helped.bad
+    shares = [
+        measure(alone.conversations, ChatFormat(tiny_tokenizer(), 5), max_length=20, rank=rank, world=3)
+        for rank in range(3)
+    ]
+    read = np.sort(np.concatenate([share.records["index"] for share in shares])).tolist()
+    assert read == [0, 1, 2, 3, 8]  # the torn picture too, for none is opened
 
 
 def test_the_command_writes_a_page_and_refuses_what_is_bad(

@@ -105,16 +105,16 @@ def test_loss_and_gradients_are_those_of_all_logits(
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that is computed."""
+    """The most elements of any tensor that is computed with a column for each token of the vocabulary."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.elements = 0
+        self.vocabulary, self.elements = vocabulary, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (self.vocabulary,):
                 self.elements = max(self.elements, tensor.numel())
         return output
 
@@ -132,13 +132,14 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyP
         kept.append(tensor.numel() if tensor.shape[-1:] == (vocabulary,) else 0)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), LargestTensor() as seen:
+    saved = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with saved, LargestTensor(vocabulary) as seen:
         loss = label_loss(llm.eval(), inputs, keep, targets)
         loss.backward()
     whole = labels * vocabulary
     assert seen.elements < whole
     assert max(kept) <= chunk * vocabulary
-    with LargestTensor() as seen, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved, LargestTensor(vocabulary) as seen:
         F.cross_entropy(llm(**inputs).logits.flatten(0, 1), targets).backward()
     assert seen.elements >= whole  # so it would be seen
     assert max(kept) >= whole
@@ -200,3 +201,6 @@ def test_liger_is_called_as_its_class_takes_it(monkeypatch: pytest.MonkeyPatch) 
     fused = gradients(llm, inputs, label_loss(llm, inputs, keep, targets, "liger"))
     plain = gradients(llm, inputs, label_loss(llm, inputs, keep, targets))
     assert all(torch.allclose(fused[name], plain[name], atol=1e-6) for name in plain)
+    llm.lm_head = nn.Sequential(llm.lm_head)
+    with pytest.raises(ConfigError, match="this one is a Sequential"):
+        label_loss(llm, inputs, keep, targets, "liger")
