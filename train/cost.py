@@ -42,25 +42,25 @@ class Arithmetic:
         return steps * self.total / (world * GPUS[gpu] * UTILISATION) / 3600
 
 
-def block_activations(decoder: Decoder, *, size: int, learns: bool) -> int:
+def block_activations(decoder: Decoder, *, size: int, learns: bool, zero3: bool = False) -> int:
     """Bytes a token that one decoder block keeps for the backward pass, as transformers computes it on SDPA.
 
     With h = width, k = key_width, f = perceptron_width, a = heads and numbers of `size` s bytes: both norms
     keep their input in fp32 and its inverse size, 4h + 4 each; attention its queries, keys, values and
     output, and a sum for each head, s(2h + 2k) + 4a; the perceptron three products, 3sf. Weights that learn
     need what they are multiplied by: of both norms 2sh before and 2sh after their gain, and sf before the
-    last layer.
+    last layer. DeepSpeed's linear layer for ZeRO-3 keeps its inputs, s(2h + f), where it is frozen too.
     """
     h, k, f = decoder.width, decoder.key_width, decoder.perceptron_width
     kept = 2 * (4 * h + 4) + size * (2 * h + 2 * k) + 4 * decoder.heads + 3 * size * f
-    return kept + (size * (4 * h + f) if learns else 0)
+    return kept + size * (4 * h + f if learns else 2 * h + f if zero3 else 0)
 
 
 def decoder_activations(
-    decoder: Decoder, tokens: int, *, size: int, learns: bool, checkpointing: bool
+    decoder: Decoder, tokens: int, *, size: int, learns: bool, checkpointing: bool, zero3: bool = False
 ) -> int:
     """Bytes that all blocks keep; with checkpointing each block's input, s·h, and all of one at a time."""
-    block = block_activations(decoder, size=size, learns=learns)
+    block = block_activations(decoder, size=size, learns=learns, zero3=zero3)
     if not checkpointing:
         return tokens * decoder.layers * block
     return tokens * (decoder.layers * size * decoder.width + block)

@@ -370,6 +370,7 @@ def _activations(model: nn.ModuleDict, stage: Stage, world: int) -> int:
         size=size,
         learns=any(parameter.requires_grad for parameter in model["llm"].parameters()),
         checkpointing=stage.activation_checkpointing,
+        zero3=stage.zero_stage == 3,
     )
     return kept + logit_bytes(decoder, min(tokens, CHUNK), size=size)
 
