@@ -44,6 +44,7 @@ PROJECTORS = Registry(
         ("token_packer", "vlm_vision.adapters.token_packer_config:TokenPackerConfig"),
         ("sva", "vlm_vision.adapters.sva_config:SvaConfig"),
     ),
+    aliases=("mlp2x_gelu", "mlp2x_res2x_gelu", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"),
 )
 
 # Names in LLaVA, LLaVA-NeXT and VILA that say options too: the name here, and what they say beside it.

@@ -37,7 +37,7 @@ _FIRST_WEIGHTS = {
 _LAYER = re.compile(r"\d+\.weight")
 
 
-def from_llava(source: str | Path, grid: Grid) -> Projector:
+def from_llava(source: str | Path, grid: Grid = (24, 24)) -> Projector:
     """The projector of a LLaVA model, in float32; its name, options and widths follow from names and shapes.
 
     Reads what LLaVA, LLaVA-NeXT, TinyLLaVA, Bunny and MobileVLM write of `linear`, `mlp{depth}x_gelu`,
@@ -48,7 +48,8 @@ def from_llava(source: str | Path, grid: Grid) -> Projector:
     Args:
         source: `mm_projector.bin`, a safetensors file, or a folder: of stage 1, of LoRA, or of a whole model,
             of which only what belongs to the projector is kept.
-        grid: patches of one picture as (rows, columns), which the file does not tell.
+        grid: patches of one picture as (rows, columns), which the file does not tell; those of LLaVA-1.5's
+            tower, CLIP ViT-L/14 at 336 pixels, unless given.
 
     Raises:
         WeightsError: no projector is there that LLaVA builds, or it is not whole.

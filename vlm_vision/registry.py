@@ -24,11 +24,13 @@ class Registry:
         kind: what the variants are, in error texts ("backbone").
         group: entry points through which other packages add theirs; each loads a config class.
         builtin: our names, as `module:Class`, imported only when asked for.
+        aliases: examples of what else is understood, for hints.
     """
 
     kind: str
     group: str
     builtin: tuple[tuple[str, str], ...]
+    aliases: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Every name, ours first, then those of installed packages."""
@@ -43,7 +45,8 @@ class Registry:
         targets = self._targets()
         if name not in targets:
             raise ConfigError(
-                f"unknown {self.kind} {name!r}{nearest(name, targets)} (known: {', '.join(targets)})"
+                f"unknown {self.kind} {name!r}{nearest(name, (*self.aliases, *targets))} "
+                f"(known: {', '.join(targets)})"
             )
         target = targets[name]
         if isinstance(target, EntryPoint):

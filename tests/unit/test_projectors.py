@@ -234,6 +234,7 @@ def test_llava_name_in_an_override_replaces_the_old_variant() -> None:
     ("config", "said"),
     [
         ("mpl", "unknown projector 'mpl'; did you mean 'mlp'?"),
+        ("mlp2x_gelo", "unknown projector 'mlp2x_gelo'; did you mean 'mlp2x_gelu'?"),
         ({"name": "mlp", "dept": 2}, "projector.dept: unknown key; did you mean 'depth'?"),
         ({"name": "mlp2x_gelu", "dept": 2}, "projector.dept: unknown key; did you mean 'depth'?"),
         ({"name": "mlp2x_gelu", "depth": 3}, "says depth 2, but depth is given as 3"),
