@@ -23,6 +23,7 @@ from vlm_vision.integrations.transformers import llava_fields
 from vlm_vision.preprocessor_file import is_in_transformers
 from vlm_vision.train.chat_parts import taking_parts
 from vlm_vision.train.conversations import IMAGE_TOKEN
+from vlm_vision.train.label_loss import changes_logits
 from vlm_vision.train.model_card import write_card
 from vlm_vision.train.vlm import VisionLanguageModel
 from vlm_vision.weights import check_whole
@@ -67,6 +68,7 @@ def export_llava_for_transformers(
             f"{type(llm).__name__} has no place in a Llava of transformers, whose names begin with `model.` "
             f"and `lm_head.`; {OWN}"
         )
+    _check_head(llm)
     try:
         fields = llava_fields(model.vision_tower)
         vision_config, vision, _ = vision_part(model.vision_tower)
@@ -81,6 +83,7 @@ def export_llava_for_transformers(
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.chat_template = taking_parts(tokenizer.chat_template)
     language, rows = _language_state(llm, len(tokenizer))
+    language.pop("lm_head.bias", None)  # all zeros, or it were refused
     state = {f"language_model.{name}": tensor for name, tensor in language.items()}
     state |= {f"vision_tower.{name}": tensor for name, tensor in vision.items()}
     state |= connector
@@ -170,6 +173,17 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
         _generation(model, model.chat.pad_id).save_pretrained(partial)
         save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
         write_card(model, partial, "llava", source)
+
+
+def _check_head(llm: Any) -> None:
+    """Llava's own head is a matrix alone, and nothing comes after it: its logits would be others."""
+    bias = getattr(llm.get_output_embeddings(), "bias", None)
+    adds = bias is not None and bool(bias.any())
+    if adds or changes_logits(llm):
+        what = "a bias to its logits" if adds else "a scale or cap to its logits"
+        raise ConfigError(
+            f"a Llava of transformers has no slot for this model: {type(llm).__name__} adds {what}. {OWN}"
+        )
 
 
 def _language_state(llm: Any, rows: int) -> tuple[dict[str, Tensor], int]:
