@@ -372,6 +372,8 @@ def _conversations_of(arguments: argparse.Namespace) -> AlignConfig | Conversati
         return None
     given = {name: getattr(arguments, name) for name in ("image_folder", "max_bad_share")}
     node = {"file": source, **{name: value for name, value in given.items() if value is not None}}
+    if Path(source).exists():  # as of a table
+        node.setdefault("image_folder", str(Path(source) if Path(source).is_dir() else Path(source).parent))
     return validate(ConversationNode, {"data": node}, "the command line")
 
 

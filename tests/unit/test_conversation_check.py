@@ -149,6 +149,12 @@ def test_the_command_takes_the_stages_of_a_run(data: Path, capsys: pytest.Captur
     assert "data pack writes tars of pictures with captions alone" in capsys.readouterr().err
 
 
+def test_pictures_lie_beside_their_file_unless_said(tmp_path: Path) -> None:
+    colour_records(tmp_path, 4)
+    (tmp_path / "train.json").rename(tmp_path / "images" / "train.json")
+    assert main(["data", "check", str(tmp_path / "images" / "train.json"), "--workers", "0"]) == 0
+
+
 def test_captions_are_no_conversations(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "pairs.jsonl").write_text('{"image": "images/0.png", "caption": "red"}\n', encoding="utf-8")
     assert main(["data", "check", str(data / "pairs.jsonl"), "--workers", "0"]) == 0
