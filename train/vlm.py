@@ -54,6 +54,8 @@ from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfi
 
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
+# transformers 5.20, the last for Python 3.10, may take spaces before marks away, of a whole and its pieces apart.
+_AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 # What auto classes of transformers hand to `from_pretrained`, whoever asks.
 PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
 
@@ -351,7 +353,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             max_new_tokens=max_new_tokens,
             **{"do_sample": False, **options},
         )
-        answers = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode(generated[:, longest:], **_AS_WRITTEN)
         return [answer.strip() for answer in answers]
 
     def stream(
@@ -365,7 +367,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         Arguments and errors are those of `answer`.
         """
-        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.tokenizer, **_AS_WRITTEN)
         failed: list[Exception] = []
 
         def run() -> None:

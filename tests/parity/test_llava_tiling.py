@@ -25,6 +25,7 @@ from references import (
     llava_tokens,
     odd_pictures,
     odd_sizes,
+    of_this_pillow,
     siglip_processor,
 )
 from torch import Tensor
@@ -169,6 +170,7 @@ def weighed(tokens: Tensor) -> float:
     return round(float((tokens.double().flatten() * weights).sum()), 5)
 
 
+@of_this_pillow
 def test_pixels_and_tokens_are_those_recorded() -> None:
     recorded, found = json.loads(RECORDED.read_text(encoding="utf-8")), recordable()
     assert found["pixels"] == recorded["pixels"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import drawn, llava_s2_tower, s2wrapper
+from references import drawn, llava_s2_tower, of_this_pillow, s2wrapper
 from tiny import CLIP_VISION as VISION
 from tiny import tiny_tower
 from torch import Tensor
@@ -91,6 +91,7 @@ def recordable() -> dict[str, Any]:
     return found
 
 
+@of_this_pillow
 def test_features_are_those_recorded() -> None:
     recorded, found = json.loads(RECORDED.read_text(encoding="utf-8")), recordable()
     assert found.keys() == recorded.keys()
