@@ -54,8 +54,6 @@ from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfi
 
 Part = Literal["tower", "projector", "llm"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
-# transformers 5.20, the last for Python 3.10, may take spaces before marks away, of a whole and its pieces apart.
-_AS_WRITTEN: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 # What auto classes of transformers hand to `from_pretrained`, whoever asks.
 PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
 
@@ -353,7 +351,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             max_new_tokens=max_new_tokens,
             **{"do_sample": False, **options},
         )
-        answers = self.tokenizer.batch_decode(generated[:, longest:], **_AS_WRITTEN)
+        answers = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
     def stream(
@@ -367,7 +365,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         Arguments and errors are those of `answer`.
         """
-        streamer = TextIteratorStreamer(self.tokenizer, **_AS_WRITTEN)
+        streamer = _Pieces(self.tokenizer, skip_special_tokens=True)
         failed: list[Exception] = []
 
         def run() -> None:
@@ -475,6 +473,23 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             load_text_tokenizer(folder / "projector"),
         )
         return model.train(False)
+
+
+class _Pieces(TextIteratorStreamer):  # type: ignore[misc]
+    """Pieces that end with a space, a newline or a Chinese character, all of one text.
+
+    transformers' own begins anew after a newline, where some tokenizers decode the rest without its space.
+    """
+
+    print_len: int
+
+    def put(self, value: Tensor) -> None:
+        self.token_cache.extend(value.flatten().tolist())
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
+        ends_whole = text and self._is_chinese_char(ord(text[-1]))
+        end = len(text) if ends_whole else max(text.rfind(" "), text.rfind("\n")) + 1
+        self.on_finalized_text(text[self.print_len : end])
+        self.print_len = max(self.print_len, end)
 
 
 def token_grid(tower: VisionTower) -> Grid:

@@ -26,7 +26,7 @@ from transformers import (
 from vlm_vision.adapters import build_projector
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.conversations import IMAGE_TOKEN_ID, Turn
-from vlm_vision.train.vlm import VisionLanguageModel, load_llm, load_tokenizer, token_grid
+from vlm_vision.train.vlm import VisionLanguageModel, _Pieces, load_llm, load_tokenizer, token_grid
 from vlm_vision.train.vlm_processor import VisionLanguageConfig, VlmProcessor
 
 QUESTIONS = ["what colour is it ?", "what ?", "what is the picture of ?"]
@@ -208,6 +208,16 @@ def test_stream_gives_pieces_that_are_the_answer(
     assert list(model.stream(pixels, QUESTIONS[0], 1, suppress_tokens=list(range(4, 23)))) == []
     with pytest.raises(DataError, match="1 pictures of 16 tokens"):
         list(model.stream(pixels, [Turn("user", "what ?")], 4))
+
+
+def test_pieces_around_a_newline_are_those_of_the_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor(tokenizer("the white \n ? red the", add_special_tokens=False)["input_ids"])
+    pieces = _Pieces(tokenizer)
+    for token in ids:
+        pieces.put(token[None])
+    pieces.end()
+    assert "".join(pieces) == tokenizer.decode(ids)
 
 
 def test_the_pipeline_of_transformers_takes_it(folder: Path, processor: Any) -> None:
