@@ -40,6 +40,7 @@ from vlm_vision.train.parallel import (
     whole_state,
 )
 from vlm_vision.train.rules import Rule
+from vlm_vision.train.run import refuse_step
 
 PATCH_HEAD_LR = 5e-4  # it starts from random weights, whatever the towers start from: open_clip's default
 SMALLEST_LOSS_SCALE = 2.0**-4
@@ -282,14 +283,8 @@ class Learner:
 
     def _refuse(self, seen: Sequence[_Seen], number: int, loss: float, grad_norm: float) -> NoReturn:
         culprits = [name for part in seen for name in part.not_finite]
-        shown = culprits or [name for part in seen for name in part.batch.names]
-        which = "embeddings that are not finite come from" if culprits else "the batch held"
-        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-        raise VlmVisionError(
-            f"step {number}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
-            f"step {number - 1}. On rank {self.ranks.rank} {which} {', '.join(shown[:8])}{more}. Lower the "
-            "learning rate, or set precision to fp32, and continue with --resume"
-        )
+        names = [name for part in seen for name in part.batch.names]
+        refuse_step(number, loss, grad_norm, self.ranks.rank, "embeddings", culprits, names)
 
     # --- State
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm_vision.errors import ConfigError, DataError, VlmVisionError, require
+from vlm_vision.errors import ConfigError, DataError, require
 from vlm_vision.tower import VisionTower, load_tower
 from vlm_vision.train.caption_tokenizer import CaptionTokenizer
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
@@ -42,7 +42,7 @@ from vlm_vision.train.representation import RepresentationModel
 from vlm_vision.train.representation_config import RepresentationConfig
 from vlm_vision.train.representation_objective import Outcome, RepresentationObjective, gumbel_noise
 from vlm_vision.train.representation_scores import validate_representation
-from vlm_vision.train.run import Run, plain_attention, prepare_process
+from vlm_vision.train.run import Run, plain_attention, prepare_process, refuse_step
 from vlm_vision.train.vlm import token_grid
 
 LARGEST_SCALE = 100.0  # of similarities (CLIP, arXiv:2103.00020, section 2.5)
@@ -300,14 +300,7 @@ class Learner:
     ) -> NoReturn:
         finite = (outcome.finite & patches.isfinite().flatten(1).all(dim=1)).tolist()
         culprits = [name for name, is_finite in zip(batch.names, finite, strict=True) if not is_finite]
-        shown = culprits or batch.names
-        which = "features that are not finite come from" if culprits else "the batch held"
-        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
-        raise VlmVisionError(
-            f"step {number}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
-            f"step {number - 1}. On rank {self.ranks.rank} {which} {', '.join(shown[:8])}{more}. Lower the "
-            "learning rate, or set precision to fp32, and continue with --resume"
-        )
+        refuse_step(number, loss, grad_norm, self.ranks.rank, "features", culprits, batch.names)
 
     # --- State
 

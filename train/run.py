@@ -9,10 +9,10 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -114,6 +114,33 @@ def check_finite(loss: float, grad_norm: float, step: int) -> None:
             f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
             f"step {step - 1}. Lower the learning rate, or set precision to fp32, and continue with --resume"
         )
+
+
+def refuse_step(
+    step: int,
+    loss: float,
+    grad_norm: float,
+    rank: int,
+    what: str,
+    culprits: Sequence[str],
+    names: Sequence[str],
+) -> NoReturn:
+    """Stop before the optimizer's step of a loss or gradient that is not finite.
+
+    Args:
+        what: of the `culprits` is not finite; where there are none, the samples of the batch are named.
+
+    Raises:
+        VlmVisionError: always.
+    """
+    shown = culprits or names
+    which = f"{what} that are not finite come from" if culprits else "the batch held"
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    raise VlmVisionError(
+        f"step {step}: loss {loss} with gradient norm {grad_norm} is not finite; weights are as after "
+        f"step {step - 1}. On rank {rank} {which} {', '.join(shown[:8])}{more}. Lower the "
+        "learning rate, or set precision to fp32, and continue with --resume"
+    )
 
 
 def prepare_process(seed: int) -> None:
