@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vlm_vision.errors import ConfigError, first_line
-from vlm_vision.text import Tokenizer
+from vlm_vision.text import Tokenizer, read_tokenizer
 
 
 class CaptionTokenizer(Tokenizer):
@@ -28,15 +26,7 @@ class CaptionTokenizer(Tokenizer):
     """
 
     def __init__(self, source: str | Path, context_length: int) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.library: Any = AutoTokenizer.from_pretrained(source)
-        except Exception as error:  # the hub and each kind of tokenizer have their own family
-            raise ConfigError(
-                f"no tokenizer can be loaded from {str(source)!r} ({first_line(error)}); name the folder or "
-                "hub id of one as `tokenizer`"
-            ) from error
+        self.library = read_tokenizer(source, "name the folder or hub id of one as `tokenizer`")
         library = self.library
         end = library.sep_token or library.eos_token or "[SEP]"
         # A padding token that ends texts too would hide their end.

@@ -109,15 +109,11 @@ class TransformersTokenizer(Tokenizer):
     """
 
     def __init__(self, source: str, context_length: int) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.library: Any = AutoTokenizer.from_pretrained(source)
-        except Exception as error:  # the hub and each kind of tokenizer have their own family
-            raise ConfigError(
-                f"no tokenizer can be loaded from {source!r} ({first_line(error)}); a dual encoder needs the "
-                "one of its text tower: name its folder or hub id as `backbone.tokenizer`"
-            ) from error
+        self.library = read_tokenizer(
+            source,
+            "a dual encoder needs the one of its text tower: name its folder or hub id as "
+            "`backbone.tokenizer`",
+        )
         if not set(self.library.get_vocab()) - set(self.library.all_special_tokens):
             # transformers 5 makes a tokenizer of marks alone where a model's folder has no file of one.
             raise ConfigError(
@@ -170,3 +166,19 @@ class TextSide:
     image_projection: nn.Module | None = None
     text_decoder: nn.Module | None = None
     fields: dict[str, Any] = field(default_factory=dict)
+
+
+def read_tokenizer(source: str | Path, way_out: str) -> Any:
+    """A tokenizer of transformers, from a folder or hub id.
+
+    Raises:
+        ConfigError: none can be loaded; ends with `way_out`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the hub and each kind of tokenizer have their own family
+        raise ConfigError(
+            f"no tokenizer can be loaded from {str(source)!r} ({first_line(error)}); {way_out}"
+        ) from error
