@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,9 +26,8 @@ from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.prepared import load_start, prepare_model, with_learnt
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics
+from vlm_vision.train.termination import TERMINATED, Terminated
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
-
-TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
 
 def train_contrastive(
@@ -309,27 +305,3 @@ def count_duplicates(identities: Tensor) -> int:
         _, which, counts = column.unique(return_inverse=True, return_counts=True)
         is_duplicate |= counts[which] > 1
     return int(is_duplicate.sum())
-
-
-class Terminated:
-    """Notes SIGTERM, by which schedulers announce that a job's time is over, instead of dying of it.
-
-    Attributes:
-        is_set: whether it came.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def __enter__(self) -> Terminated:
-        self._listens = threading.current_thread() is threading.main_thread()  # others get no signals
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_set = True

@@ -1,26 +1,21 @@
-"""DeepSpeed under an alignment stage: ranks, settings, checkpoints, and whole weights out of sharded ones."""
+"""DeepSpeed under an alignment stage: ranks, settings, and whole weights out of sharded ones."""
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vlm_vision.errors import ConfigError, WeightsError, require
+from vlm_vision.errors import WeightsError, require
 from vlm_vision.train.align_config import Stage
-from vlm_vision.train.checkpoint import save_checkpoint
 from vlm_vision.train.deepspeed_json import merge_deepspeed
-
-TAG, STATE_FILE = "engine", "state.json"
 
 
 def join_ranks() -> tuple[int, int, torch.device]:
@@ -126,7 +121,6 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
     )
-    engine.checkpoint_engine = _weights_only(engine.checkpoint_engine)
     return engine
 
 
@@ -136,54 +130,6 @@ def gradient_norm(engine: Any) -> float | None:
         return None
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def save_engine(engine: Any, folder: Path, step: int, *, keep: int = 2) -> None:
-    """Checkpoint of a step without the frozen weights, complete or absent. Every rank must call it."""
-    state = {
-        "step": step,
-        "world": dist.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
-    }
-
-    def write(partial: Path) -> None:
-        dist.barrier()  # rank 0 has made the folder
-        engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-        if dist.get_rank() == 0:
-            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        dist.barrier()  # every rank has written its shard
-
-    if dist.get_rank() == 0:
-        save_checkpoint(folder, step, write, keep=keep)
-    else:
-        write(folder / f"step_{step}.tmp")
-    dist.barrier()
-
-
-def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Continue from a checkpoint.
-
-    Raises:
-        ConfigError: it was written with other ranks, another ZeRO stage or other learning parameters.
-    """
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    now = {
-        "world": dist.get_world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "learning": sorted(name for name, p in engine.module.named_parameters() if p.requires_grad),
-    }
-    if now["learning"] != state["learning"]:
-        raise ConfigError(
-            f"{checkpoint}: other parameters learnt there than in this config; start a new run instead"
-        )
-    for key, what in (("world", "process(es)"), ("zero_stage", "as ZeRO stage")):
-        if now[key] != state[key]:
-            raise ConfigError(
-                f"{checkpoint} was written with {state[key]} {what}, this run has {now[key]}: "
-                f"continue with {state[key]}, or start a new run in another folder"
-            )
-    engine.load_checkpoint(str(checkpoint), tag=TAG, load_module_strict=False)
 
 
 def make_whole(model: nn.Module) -> None:
@@ -211,20 +157,6 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a value over ranks, in place."""
     dist.all_reduce(value)
     return value.div_(dist.get_world_size())
-
-
-def _weights_only(checkpoint_engine: Any) -> Any:
-    """DeepSpeed's checkpoint reader, refusing pickled code: it reads with `weights_only=False` by itself."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    def load(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    checkpoint_engine.load = load
-    return checkpoint_engine
 
 
 def _leave() -> None:

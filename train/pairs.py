@@ -26,6 +26,7 @@ from vlm_vision.train.order import EpochBatches, EpochOrder, SampleKey
 from vlm_vision.train.pairs_config import AugmentConfig, DataConfig, PairsConfig, source_nodes
 from vlm_vision.train.shards import Shards
 from vlm_vision.train.sources import Source, SourceError, max_bad, open_source
+from vlm_vision.train.termination import outlive_sigterm
 
 __all__ = [
     "BAD_FILE",
@@ -254,6 +255,7 @@ def training_loader(
         batch_sampler=batches,
         collate_fn=_as_is,
         num_workers=workers,
+        worker_init_fn=outlive_sigterm,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # or each iterator would draw from the run's own
     )

@@ -18,7 +18,7 @@ from vlm_vision.errors import ConfigError, DataError, require
 from vlm_vision.tower import VisionTower, load_tower
 from vlm_vision.train.caption_tokenizer import CaptionTokenizer
 from vlm_vision.train.checkpoint import find_checkpoint, save_checkpoint
-from vlm_vision.train.contrastive import TERMINATED, Meter, Terminated
+from vlm_vision.train.contrastive import Meter
 from vlm_vision.train.embedding_cache import EmbeddingCache
 from vlm_vision.train.held_out import open_captioned
 from vlm_vision.train.optim import (
@@ -43,6 +43,7 @@ from vlm_vision.train.representation_config import RepresentationConfig
 from vlm_vision.train.representation_objective import Outcome, RepresentationObjective, gumbel_noise
 from vlm_vision.train.representation_scores import validate_representation
 from vlm_vision.train.run import Run, plain_attention, prepare_process, refuse_step
+from vlm_vision.train.termination import TERMINATED, Terminated
 from vlm_vision.train.vlm import token_grid
 
 LARGEST_SCALE = 100.0  # of similarities (CLIP, arXiv:2103.00020, section 2.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -32,12 +33,11 @@ from vlm_vision.train.conversations import (
 from vlm_vision.train.deepspeed_engine import (
     engine_settings,
     gradient_norm,
-    load_engine,
     make_whole,
     mean_over_ranks,
-    save_engine,
     start_engine,
 )
+from vlm_vision.train.engine_checkpoint import load_engine, save_engine
 from vlm_vision.train.length_groups import LengthGroups
 from vlm_vision.train.optim import (
     parameter_groups,
@@ -49,6 +49,7 @@ from vlm_vision.train.pairs import EpochBatches, write_bad_list
 from vlm_vision.train.patch_cache import kept_features
 from vlm_vision.train.quantise import check_adapters_alone
 from vlm_vision.train.run import Run, check_finite, plain_attention
+from vlm_vision.train.termination import TERMINATED, Terminated, outlive_sigterm
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
 
@@ -59,6 +60,9 @@ def run_stage(
 
     Returns:
         `parts` that learnt, and `figures`.
+
+    Raises:
+        SystemExit: SIGTERM came, and a checkpoint is saved.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batch_size = _micro_batch_size(stage, world)
@@ -94,25 +98,32 @@ def run_stage(
     began = time.perf_counter()
     loss = float("nan")
     engine.train()
-    bar = run.progress(total, stage.name, start=start)
-    for step, pieces in enumerate(
-        _loader(data, measured, stage, seed, start, total, micro_batch_size), start=start + 1
-    ):
-        # Dropout draws from here; seeding by step makes a resumed run draw the same.
-        torch.manual_seed(seed * 1_000_003 + step * world + rank)
-        rate = float(schedule.get_last_lr()[0])
-        loss, grad_norm = _optimizer_step(engine, pieces, step)
-        for piece in pieces:
-            bad.note(piece.replaced)
-            places = [piece.num_tokens, piece.input_ids.numel(), piece.padded_positions]
-            counts += torch.tensor([len(piece.replaced), piece.truncated, *places], device=engine.device)
-        bar.update()
-        if step % stage.log_every == 0 or step == total:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            run.log(step, loss=loss, grad_norm=grad_norm, lr=rate)
-        if stage.save_every and step % stage.save_every == 0 and step < total:
-            save_engine(engine, run.checkpoints, step)
-    bar.close()
+    batches = _loader(data, measured, stage, seed, start, total, micro_batch_size)
+    with Terminated() as terminated, run.progress(total, stage.name, start=start) as bar:
+        for step, pieces in enumerate(batches, start=start + 1):
+            # Dropout draws from here; seeding by step makes a resumed run draw the same.
+            torch.manual_seed(seed * 1_000_003 + step * world + rank)
+            rate = float(schedule.get_last_lr()[0])
+            loss, grad_norm, must_stop = _optimizer_step(engine, pieces, step, terminated)
+            for piece in pieces:
+                bad.note(piece.replaced)
+                places = [piece.num_tokens, piece.input_ids.numel(), piece.padded_positions]
+                noted = [len(piece.replaced), piece.truncated, *places]
+                counts += torch.tensor(noted, device=engine.device)
+            bar.update()
+            is_last = step == total
+            if step % stage.log_every == 0 or is_last:
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                run.log(step, loss=loss, grad_norm=grad_norm, lr=rate)
+            must_save = stage.save_every is not None and step % stage.save_every == 0
+            if (must_save or must_stop) and not is_last:
+                save_engine(engine, run.checkpoints, step)
+            if must_stop and not is_last:
+                run.close()
+                engine.destroy()
+                if run.is_main:
+                    print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
+                raise SystemExit(TERMINATED)
     run.close()
     seconds = time.perf_counter() - began
     make_whole(model)
@@ -167,8 +178,13 @@ class BadRecords:
             )
 
 
-def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[float, float]:
-    """One optimizer step on this rank's pieces of the batch; (loss, gradient norm) of the whole batch.
+def _optimizer_step(
+    engine: Any, pieces: Sequence[Batch], step: int, terminated: Terminated
+) -> tuple[float, float, bool]:
+    """One optimizer step on this rank's pieces of the batch.
+
+    Returns:
+        Loss and gradient norm of the whole batch, and whether any rank was told to stop.
 
     The loss is the mean over all label tokens of the batch, however it is split over ranks and pieces.
     """
@@ -189,13 +205,15 @@ def _optimizer_step(engine: Any, pieces: Sequence[Batch], step: int) -> tuple[fl
         engine.backward(output.loss)
         total += output.loss.detach() / len(pieces)
         if number == len(pieces):
-            loss, grad_norm = float(mean_over_ranks(total)), gradient_norm(engine)
+            told = torch.stack([total, torch.tensor(float(terminated.is_set), device=engine.device)])
+            loss, stopped = mean_over_ranks(told).tolist()
+            grad_norm = gradient_norm(engine)
             check_finite(loss, grad_norm or 0.0, step)
         engine.step()
     if grad_norm is None:
         grad_norm = float(engine.get_global_grad_norm())
         check_finite(loss, grad_norm, step)
-    return loss, grad_norm
+    return loss, grad_norm, stopped > 0
 
 
 def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
@@ -257,6 +275,7 @@ def _loader(
             pack_to=stage.max_length if stage.packing else None,
         ),
         num_workers=stage.sources[0].workers,
+        worker_init_fn=outlive_sigterm,
     )
 
 

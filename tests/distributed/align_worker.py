@@ -1,9 +1,15 @@
-"""Alignment under one rank or several: every ZeRO stage, then resumes. Writes losses and weights as JSON."""
+"""Alignment under one rank or several: every ZeRO stage, then resumes. Writes losses and weights as JSON.
+
+`stop` leaves runs that end by SIGTERM, one for each ZeRO stage, and one that ends by SIGKILL; `resume` goes
+on with copies of them, those that the output folder holds; `all` does so too, before runs of its own.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,11 +21,13 @@ from safetensors.torch import load_file
 from tiny import TOWER
 
 from vlm_vision.config import load_config
+from vlm_vision.train import stage as stage_module
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
+from vlm_vision.train.deepspeed_engine import join_ranks
 from vlm_vision.train.run import read_metrics
 
-STEPS, BATCH_SIZE = 6, 4
+STEPS, BATCH_SIZE, STOP_AT = 6, 4, 3
 ATTENDING: dict[str, dict[str, Any]] = {
     "qformer_text": {"layers": 2, "heads": 2, "hidden_size": 32, "num_queries": 4, "dropout": 0.0},
     "perceiver_resampler": {"layers": 1, "heads": 2, "head_width": 8, "num_latents": 4},
@@ -66,34 +74,97 @@ def weights(model: Path) -> dict[str, list[Any]]:
     return found
 
 
-def main(folder: Path, output: Path) -> None:
-    results: dict[str, Any] = {}
+def adapted(folder: Path, zero_stage: int, **stage: Any) -> AlignConfig:
+    """A frozen tower, a projector with a rate of its own, adapters on the language model: four groups."""
+    rules = [
+        {"match": "projector.*", "lr": 1e-2, "weight_decay": 0.1},
+        {"match": "llm.*_proj.weight", "learn": "lora"},
+        {"match": "llm.*norm.weight"},
+    ]
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0}
+    return config(folder, zero_stage, learn=rules, lora=lora, weight_decay=0.05, **stage)
 
-    def run(name: str, zero_stage: int, *, resume: bool = False, **stage: Any) -> None:
-        align(config(folder, zero_stage, **stage), output / name, resume=resume)
-        key = f"{name}_resumed" if resume else name
-        results[key] = {"losses": losses(output / name / "all"), "weights": weights(output / name / "model")}
+
+def stop(folder: Path, output: Path) -> None:
+    """The signals come to the last rank alone, in the middle of step STOP_AT, before the optimizer's."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sent, codes = signal.SIGTERM, []
+    take = stage_module.gradient_norm
+
+    def send(engine: Any) -> float | None:
+        if rank == world - 1 and engine.global_steps == STOP_AT - 1:
+            os.kill(os.getpid(), sent)
+        return take(engine)
+
+    stage_module.gradient_norm = send
+    for zero_stage in (0, 1, 2, 3):
+        try:
+            align(adapted(folder, zero_stage), output / f"stopped{zero_stage}")
+        except SystemExit as stopped:
+            codes.append(stopped.code)
+    if rank == 0:
+        (output / "results.json").write_text(json.dumps(codes), encoding="utf-8")
+    dist.barrier()
+    sent = signal.SIGKILL
+    align(adapted(folder, 2, save_every=STOP_AT - 1), output / "killed")
+
+
+class Results(dict[str, Any]):
+    """Losses and weights of runs, by name."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def run(self, config: AlignConfig, name: str, *, resume: bool = False, suffix: str = "") -> None:
+        run = self.output / name
+        align(config, run, resume=resume)
+        self[name + suffix] = {"losses": losses(run / "all"), "weights": weights(run / "model")}
         dist.barrier()
 
+
+def go_on(folder: Path, results: Results) -> None:
+    names = {f"stopped{zero_stage}": zero_stage for zero_stage in (0, 1, 2, 3)} | {"other_stage": 3}
+    for name, zero_stage in names.items():
+        if (results.output / name).exists():
+            results.run(adapted(folder, zero_stage), name, resume=True)
+    if (results.output / "killed").exists():
+        results.run(adapted(folder, 2, save_every=STOP_AT - 1), "killed", resume=True)
+
+
+def run_all(folder: Path, results: Results) -> None:
     for zero_stage in (0, 1, 2, 3):
-        run(f"zero{zero_stage}", zero_stage)
+        results.run(config(folder, zero_stage), f"zero{zero_stage}")
+    results.run(adapted(folder, 2), "through")
     for name, options in ATTENDING.items():
         for zero_stage in (0, 3) if dist.get_world_size() == 1 else (3,):
-            run(f"{name}{zero_stage}", zero_stage, projector={"name": name, **options})
-    files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(output / "kept")}
-    run("kept3", 3, data=files, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
-    run("frozen3", 3, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
+            settings = config(folder, zero_stage, projector={"name": name, **options})
+            results.run(settings, f"{name}{zero_stage}")
+    files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(results.output / "kept")}
+    frozen_tower = [{"match": "projector.*"}, {"match": "llm.*"}]
+    results.run(config(folder, 3, data=files, learn=frozen_tower), "kept3")
+    results.run(config(folder, 3, learn=frozen_tower), "frozen3")
     for zero_stage in (2, 3):
-        name = f"saved{zero_stage}"
-        run(name, zero_stage, save_every=STEPS // 2)
+        name, settings = f"saved{zero_stage}", config(folder, zero_stage, save_every=STEPS // 2)
+        results.run(settings, name)
         if dist.get_rank() == 0:  # as if killed some time after the checkpoint
-            shutil.rmtree(output / name / "model")
-            (output / name / "all" / "done.json").unlink()
+            shutil.rmtree(results.output / name / "model")
+            (results.output / name / "all" / "done.json").unlink()
         dist.barrier()
-        run(name, zero_stage, save_every=STEPS // 2, resume=True)
+        results.run(settings, name, resume=True, suffix="_resumed")
+
+
+def main(what: str, folder: Path, output: Path) -> None:
+    join_ranks()
+    if what == "stop":
+        stop(folder, output)
+        return
+    results = Results(output)
+    go_on(folder, results)
+    if what == "all":
+        run_all(folder, results)
     if dist.get_rank() == 0:
         (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -23,7 +23,7 @@ from vlm_vision.config import load_config
 from vlm_vision.errors import ConfigError, VlmVisionError
 from vlm_vision.train import learner as learner_module
 from vlm_vision.train.checkpoint import latest_checkpoint
-from vlm_vision.train.contrastive import TERMINATED, train_contrastive
+from vlm_vision.train.contrastive import train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.depth import depths, text_blocks, vision_blocks
 from vlm_vision.train.learner import Learner
@@ -31,6 +31,7 @@ from vlm_vision.train.optim import parameter_groups
 from vlm_vision.train.prepared import prepare_model
 from vlm_vision.train.recipes import choose_recipe
 from vlm_vision.train.run import read_metrics
+from vlm_vision.train.termination import TERMINATED
 
 PICTURES, BATCH = 18, 8
 FIXED = {"crop_area": [1.0, 1.0], "aspect": [1.0, 1.0]}
