@@ -59,12 +59,12 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         VlmVisionError: a loss that is not finite.
     """
     check_fit(config)
-    rank, _, device = join_ranks()
+    rank, _, _ = join_ranks()
     for stage in config.stages:
         if stage.deepspeed is not None:
             read_deepspeed(stage.deepspeed)
         if stage.quantise != "none":
-            check_quantise(config.model, device)
+            check_quantise(config.model)
     output = Path(output)
     figures: dict[str, dict[str, float]] = {}
     learnt: dict[Part, Path] = {}

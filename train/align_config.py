@@ -80,7 +80,7 @@ class Stage(Config):
             they are merged in its `model` all the same.
         deepspeed: a JSON file of DeepSpeed's own settings, merged over those that are made of the stage.
         quantise: `nf4` holds the language model's linear layers in 4 bits while adapters on them learn
-            (QLoRA, arXiv:2305.14314); takes a GPU and bitsandbytes.
+            (QLoRA, arXiv:2305.14314); takes bitsandbytes. It saves memory, and on a CPU no time.
         precision: bf16 computes in bfloat16 and keeps an fp32 copy of what learns.
         activation_checkpointing: recompute the language model's activations in the backward pass.
         loss_kernel: `chunks` computes the logits of labels a few thousand at a time; `liger` runs

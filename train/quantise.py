@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,18 +16,14 @@ from vlm_vision.train.rules import matching_rule
 from vlm_vision.train.vlm import load_llm
 
 
-def check_quantise(config: VlmConfig, device: torch.device) -> None:
+def check_quantise(config: VlmConfig) -> None:
     """Refuse a stage with `quantise: nf4` where it cannot run.
 
     Raises:
-        ConfigError: no GPU, or a language model of random weights.
+        ConfigError: a language model of random weights.
         MissingExtraError: bitsandbytes is not installed.
     """
     require("align", "bitsandbytes")
-    if device.type != "cuda":
-        raise ConfigError(
-            "quantise: nf4 takes a GPU, and none is here; leave it out to learn the adapters on whole weights"
-        )
     if config.llm_weights == "none":
         raise ConfigError("quantise: nf4 takes a language model with weights, but llm_weights is 'none'")
 
@@ -34,11 +31,15 @@ def check_quantise(config: VlmConfig, device: torch.device) -> None:
 def load_llm_nf4(source: str | Path, device: torch.device) -> nn.Module:
     """A language model whose linear layers, but for the head, are NF4, quantised twice, and compute in bf16.
 
+    On a CPU each product first makes the layer's weights whole: exact, and no faster than whole weights.
+
     Raises:
         ConfigError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    # On a CPU it asks for a package that only inference would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
