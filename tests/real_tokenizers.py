@@ -1,8 +1,9 @@
-"""Tokenizers of the kinds that LLaVA's language models have, trained here on a few sentences."""
+"""Tokenizers of the kinds that LLaVA's language models have, trained here on a few sentences or `texts`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,14 +24,14 @@ WORDS = (
 
 
 @lru_cache
-def _llama_pieces() -> dict[str, Any]:
+def _llama_pieces(texts: tuple[str, ...], size: int) -> dict[str, Any]:
     """Vocabulary and merges as sentencepiece lays them out: special tokens, bytes, pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=first, show_progress=False)
-    tokenizer.train_from_iterator([text.replace("\n", "") for text in TEXT], trainer)  # a newline is a byte
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator([text.replace("\n", "") for text in texts], trainer)  # a newline is a byte
     model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     learnt = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     # As in Llama's: one token more with a space before it than without, which LLaVA's masks count on.
@@ -42,13 +43,14 @@ def _llama_pieces() -> dict[str, Any]:
     return {"vocab": vocabulary, "merges": merges}
 
 
-def llama_tokenizer(*, legacy: bool) -> PreTrainedTokenizerFast:
+def llama_tokenizer(*, legacy: bool, texts: Sequence[str] = TEXT, size: int = 420) -> PreTrainedTokenizerFast:
     """As LlamaTokenizerFast: byte fallback, and a space before every text.
 
     Args:
         legacy: also before a text that follows a special token.
     """
-    tokenizer = Tokenizer(models.BPE(**_llama_pieces(), fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
+    pieces = _llama_pieces((*texts, *TEXT) if texts is not TEXT else tuple(TEXT), size)
+    tokenizer = Tokenizer(models.BPE(**pieces, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
     if legacy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
@@ -73,7 +75,7 @@ class _AsPinned(PreTrainedTokenizerFast):  # type: ignore[misc]
         return text if options.get("tokenize") is False else self(text)["input_ids"]
 
 
-def qwen_tokenizer() -> PreTrainedTokenizerFast:
+def qwen_tokenizer(texts: Sequence[str] = TEXT, size: int = 420) -> PreTrainedTokenizerFast:
     """As Qwen2's: BPE of bytes, ChatML's special tokens, no token to begin with; a newline is token 198."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -86,7 +88,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,12 @@ from vlm_vision.adapters.projector_keys import load_projector_weights
 from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
-from vlm_vision.train.conversations import read_template
+from vlm_vision.train.conversation_check import measure_for_training
+from vlm_vision.train.conversations import ChatFormat, open_conversations, read_template
 from vlm_vision.train.deepspeed_engine import current_device, join_ranks
 from vlm_vision.train.deepspeed_json import read_deepspeed
 from vlm_vision.train.llm_adapters import save_llm_lora
-from vlm_vision.train.plan import check_fit
+from vlm_vision.train.plan import check_fit, tokens_per_image
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process
 from vlm_vision.train.stage import run_stage
@@ -77,9 +79,11 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
             raise DataError(f"{folder} holds a finished stage: use --resume, or another output folder")
         if not done.is_file():
             prepare_process(config.seed)
+            conversations = open_conversations(stage.data)
+            measured = measure_for_training(conversations, chat_format(config.model, stage), stage, folder)
             model = build_model(config.model, stage, learnt)
             model.use_loss_kernel(stage.loss_kernel)
-            record = run_stage(model, stage, config.seed, folder, resume=resume)
+            record = run_stage(model, conversations, measured, stage, config.seed, folder, resume=resume)
             if rank == 0:
                 if stage.quantise != "none":
                     source = learnt.get("llm", config.model.llm)
@@ -99,6 +103,16 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
     return figures
 
 
+def chat_format(config: VlmConfig, stage: Stage) -> ChatFormat:
+    """That of the model of a stage, told without a weight."""
+    return ChatFormat(_tokenizer(config, stage), tokens_per_image(config))
+
+
+def _tokenizer(config: VlmConfig, stage: Stage) -> Any:
+    template = stage.chat_template or config.chat_template
+    return load_tokenizer(config.llm, None if template is None else read_template(template))
+
+
 def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) -> VisionLanguageModel:
     """The model as a stage begins: what learnt in an earlier stage from there, the rest from its source.
 
@@ -106,8 +120,7 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
         ConfigError, WeightsError: a part cannot be loaded, or the parts do not fit.
     """
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
-    template = stage.chat_template or config.chat_template
-    tokenizer = load_tokenizer(config.llm, None if template is None else read_template(template))
+    tokenizer = _tokenizer(config, stage)
     tower = load_tower(learnt.get("tower", config.tower))
     if stage.quantise != "none":
         llm = load_llm_nf4(learnt.get("llm", config.llm), current_device())

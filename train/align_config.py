@@ -132,6 +132,12 @@ class Stage(Config):
         return self
 
     @model_validator(mode="after")
+    def _lengths_are_known(self) -> Stage:
+        if self.group_by_length and not self.sources[0].check:
+            raise ValueError("group_by_length takes the lengths that the check finds: leave `check: off` out")
+        return self
+
+    @model_validator(mode="after")
     def _offload_fits(self) -> Stage:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import vlm_vision
 from vlm_vision.errors import ConfigError, DataError, nearest
+from vlm_vision.train.file_cache import file_key
 
 IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_ID = -200
@@ -35,6 +42,18 @@ TEMPLATES = {
 BETWEEN_PICTURES = "{#- Tokenized between pictures, as LLaVA does. -#}"
 """Stands in a template whose text is tokenized piece by piece, each as a text of its own, as by LLaVA's
 `tokenizer_image_token`. Without it the text is tokenized whole, as servers do with a model's own template."""
+
+# Renders beginnings of one conversation at once: most of what a rendering takes is its preparation. The
+# template stands on lines of its own, so that its white space is what it was.
+BEGINNINGS = """\
+{%% macro rendered(messages, add_generation_prompt) %%}
+%s{{ '' }}{%% endmacro %%}
+{{- '[' -}}
+{%%- for beginning in beginnings -%%}
+{{- ',' if not loop.first -}}
+{{- rendered(messages[:beginning[0]], beginning[1]) | string | tojson -}}
+{%%- endfor -%%}
+{{- ']' -}}"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,15 @@ class Encoded:
     def num_labels(self) -> int:
         """Tokens to learn from; the first is never predicted."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Counts:
+    """`Encoded` in numbers: tokens before the text was cut, and after, and those to learn from."""
+
+    length: int
+    kept: int
+    labels: int
 
 
 class ChatFormat:
@@ -104,12 +132,27 @@ class ChatFormat:
             self.tokenizer.chat_template = chat_template
         self.name = name
         self.tokens_per_image = tokens_per_image
-        template = self.tokenizer.chat_template
-        self._between_pictures = isinstance(template, str) and BETWEEN_PICTURES in template
+        self.template = str(self.tokenizer.get_chat_template())
+        self._between_pictures = BETWEEN_PICTURES in self.template
+        self._beginnings = BEGINNINGS % re.sub(r"(\r\n|\r|\n)\Z", "", self.template)
+        # What calls of the tokenizer would set anew each time.
+        self._backend = self.tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = self.tokenizer.split_special_tokens
         begin = self.tokenizer.bos_token_id
         self._begins = begin is not None and self.tokenizer("")["input_ids"][:1] == [begin]
         self._mark = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._special = {token: str(text) for token, text in self.tokenizer.added_tokens_decoder.items()}
+        self._closing = tuple(self._special.values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that tokens and labels depend on, the versions of the libraries included."""
+        versions = (vlm_vision.__version__, transformers.__version__, tokenizers.__version__)
+        settings = (self.template, self.tokens_per_image, self._backend.encode_special_tokens, self._special)
+        named = sorted(self.tokenizer.special_tokens_map.items())
+        return file_key(self._backend.to_str(), *settings, named, *versions)
 
     @property
     def pad_id(self) -> int:
@@ -120,7 +163,8 @@ class ChatFormat:
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the end-of-text token and what the template writes after an answer."""
         answer = "x"
-        ending = self._render([Turn("user", answer), Turn("assistant", answer)]).rpartition(answer)[2]
+        (text,) = self._render([Turn("user", answer), Turn("assistant", answer)], [(2, False)])
+        ending = text.rpartition(answer)[2]
         ids = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
         # The last, for a tokenizer that puts a space before every text begins with that.
         turn_end = [token for token in ids if token in self._special][:1] or ids[-1:]
@@ -139,10 +183,28 @@ class ChatFormat:
             ConfigError: the template writes a turn differently when more follows.
             DataError: too long, or no label left.
         """
-        text = self._render(turns)
+        ids, labels, counts = self._encode(turns, max_length, too_long)
+        return Encoded(ids.tolist(), labels.tolist(), counts.length)
+
+    def count(
+        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
+    ) -> Counts:
+        """What `encode` gives, in numbers; raises as it does."""
+        return self._encode(turns, max_length, too_long)[2]
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Tokens up to where an answer is to begin."""
+        (text,) = self._render(turns, [(len(turns), True)])
+        ids, _, _ = self._tokenize(text)
+        return list(self._expand(ids, ids)[0].tolist())
+
+    def _encode(
+        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Counts]:
+        text, answers = self._answers(turns)
         ids, starts, ends = self._tokenize(text)
         learnt = np.zeros(len(starts), dtype=bool)
-        for first, last in self._answers(turns, text):
+        for first, last in answers:
             learnt |= (ends > first) & (starts < last)
         labels = np.where(learnt, ids, IGNORE_INDEX)
         ids, labels = self._expand(ids, labels)
@@ -150,70 +212,72 @@ class ChatFormat:
             raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
         if (ids[max_length:] == IMAGE_TOKEN_ID).any():
             raise DataError(f"max_length {max_length} would cut off a picture: {len(ids)} tokens")
-        encoded = Encoded(ids[:max_length].tolist(), labels[:max_length].tolist(), len(ids))
-        if not encoded.num_labels:
+        length, ids, labels = len(ids), ids[:max_length], labels[:max_length]
+        to_learn = int((labels[1:] != IGNORE_INDEX).sum())
+        if not to_learn:
             raise DataError("no token to learn from: the answers are empty, or cut off by max_length")
-        return encoded
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens up to where an answer is to begin."""
-        ids, _, _ = self._tokenize(self._render(turns, add_generation_prompt=True))
-        return list(self._expand(ids, ids)[0].tolist())
+        return ids, labels, Counts(length, len(ids), to_learn)
 
     def _tokenize(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Token ids, and the first and past the last character of each; a mark of a picture is one token."""
-        at, pieces = 0, []
+        at = 0
+        ids, starts, ends = list[Any](), list[Any](), list[Any]()
         begin = str(self.tokenizer.bos_token)
         if not self._between_pictures:
             texts = [text]
         elif self._begins and text.startswith(begin):
             # As the tokenizer puts it there: a space before the text depends on where the text begins.
-            pieces.append([(self.tokenizer.bos_token_id, 0, len(begin))])
+            ids, starts, ends = [[self.tokenizer.bos_token_id]], [[0]], [[len(begin)]]
             at, texts = len(begin), text[len(begin) :].split(IMAGE_TOKEN)
         else:
             texts = text.split(IMAGE_TOKEN)
         for number, piece in enumerate(texts):
             if number:
-                pieces.append([(self._mark, at, at + len(IMAGE_TOKEN))])
+                ids.append([self._mark])
+                starts.append([at])
                 at += len(IMAGE_TOKEN)
-            encoding = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-            spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-            pieces.append([(token, at + first, at + last) for token, (first, last) in spans])
+                ends.append([at])
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2) + at
+            ids.append(encoding.ids)
+            starts.append(spans[:, 0])
+            ends.append(spans[:, 1])
             at += len(piece)
-        tokens = np.array([token for piece in pieces for token in piece], dtype=np.int64).reshape(-1, 3)
-        ids, starts, ends = tokens.T
-        return ids, starts, ends
+        token_ids, firsts, lasts = (np.concatenate(parts).astype(np.int64) for parts in (ids, starts, ends))
+        return token_ids, firsts, lasts
 
-    def _answers(self, turns: Sequence[Turn], text: str) -> Iterator[tuple[int, int]]:
-        """First and last character of every answer with its end of turn."""
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            before = self._render(turns[:index], add_generation_prompt=True)
-            through = text if index + 1 == len(turns) else self._render(turns[: index + 1])
+    def _answers(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and the first and past the last character of every answer with its end of turn."""
+        places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        beginnings = [part for index in places for part in ((index, True), (index + 1, False))]
+        *parts, text = self._render(turns, [*beginnings, (len(turns), False)])
+        spans = []
+        for index, before, through in zip(places, parts[::2], parts[1::2], strict=True):
             if not (through.startswith(before) and text.startswith(through)):
                 raise ConfigError(
                     f"the chat template of {self.name!r} writes turn {index} differently once more "
                     "turns follow, so answers cannot be told from questions; name another by `chat_template`"
                 )
-            yield len(before), len(self._without_layout(through))
+            spans.append((len(before), len(self._without_layout(through))))
+        return text, spans
 
     def _without_layout(self, text: str) -> str:
         """The text without white space after a closing special token, which is layout."""
         stripped = text.rstrip()
-        return stripped if stripped.endswith(tuple(self._special.values())) else text
+        return stripped if stripped.endswith(self._closing) else text
 
-    def _render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+    def _render(self, turns: Sequence[Turn], beginnings: Sequence[tuple[int, bool]]) -> list[str]:
+        """Texts of the first so many turns, each with or without what an answer is asked for by."""
         messages = [{"role": turn.role, "content": _picture_first(turn.text)} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            texts = self.tokenizer.apply_chat_template(
+                messages, chat_template=self._beginnings, tokenize=False, beginnings=beginnings
             )
         except TemplateError as error:
             raise ConfigError(
                 f"the chat template of {self.name!r} refuses a conversation: {error}"
             ) from error
-        return str(text)
+        return [str(text) for text in json.loads(texts)]
 
     def _expand(self, ids: Any, labels: Any) -> tuple[Any, Any]:
         """Every mark becomes `tokens_per_image` image tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_vision.errors import DataError, require
+from vlm_vision.files import whole_file
 from vlm_vision.progress import progress_bar
+from vlm_vision.train.align_config import Stage
 from vlm_vision.train.conversations import (
     ChatFormat,
-    ConversationDataset,
     Conversations,
     MixedConversations,
     Record,
@@ -24,6 +26,7 @@ from vlm_vision.train.conversations import (
 )
 from vlm_vision.train.conversations_config import ConversationData, conversation_sources
 from vlm_vision.train.data_check import SHOWN, as_is, spread
+from vlm_vision.train.file_cache import cache_folder, file_key
 from vlm_vision.train.pairs import write_bad_list
 from vlm_vision.train.report import Report, style_axis
 
@@ -76,7 +79,7 @@ def measure(
         generator=torch.Generator(),  # or one rank alone would draw from the run's own
     )
     found, bad = [np.empty(0, MEASURE)], dict(conversations.bad)
-    with progress_bar(sum(map(len, chunks)), "read conversations") as bar:
+    with progress_bar(sum(map(len, chunks)), "read conversations", disable=rank > 0) as bar:
         for chunk, part in zip(chunks, loader, strict=True):
             found.append(part.records)
             bad |= part.bad
@@ -84,28 +87,71 @@ def measure(
     return Measures(np.concatenate(found), bad)
 
 
-def measure_for_training(data: ConversationDataset, workers: int) -> NDArray[Any]:
+def measure_for_training(
+    conversations: Conversations | MixedConversations, chat: ChatFormat, stage: Stage, folder: Path
+) -> NDArray[Any]:
     """Measures of a stage's records, of which each rank reads its share; what is bad will be replaced.
+
+    They are kept in `folder`, and on this machine in the user's cache folder, by what they were found in: a
+    stage that goes on, or another of the same data, tokenizer and length, reads no record. So the files of
+    pictures are not looked for again; what is wrong with them by then, training finds.
+
+    Returns:
+        None of them with `check: off`.
 
     Raises:
         DataError: more records than `max_bad_share` allows have too many tokens, cut off pictures or no
             label, or a picture outside the image folder; lists the first ones.
     """
-    world = dist.get_world_size()
-    mine = measure(
-        data.conversations,
-        data.chat,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        workers=workers,
-        rank=dist.get_rank(),
-        world=world,
-    )
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, mine)
-    data.conversations.refuse({index: why for share in found for index, why in share.bad.items()})
+    first = stage.sources[0]
+    if not first.check:
+        return np.empty(0, MEASURE)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    name = ""
+    found: list[Any] = [None]
+    if rank == 0:
+        facts = (conversations.digest(), chat.digest, stage.max_length, first.too_long)
+        name = f"measured-{file_key(*facts)}.npz"
+        found = [next((_read(place) for place in _places(folder, name) if place.is_file()), None)]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        mine = measure(
+            conversations,
+            chat,
+            max_length=stage.max_length,
+            too_long=first.too_long,
+            workers=first.workers,
+            rank=rank,
+            world=world,
+        )
+        found = [None] * world
+        dist.all_gather_object(found, mine)
     records = np.concatenate([share.records for share in found])
-    return records[np.argsort(records["index"])]
+    measures = Measures(
+        records[np.argsort(records["index"])],
+        {index: why for share in found for index, why in share.bad.items()},
+    )
+    if rank == 0:
+        for place in _places(folder, name):
+            if not place.is_file():
+                _write(measures, place)
+    conversations.refuse(measures.bad)
+    return measures.records
+
+
+def _places(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / name, cache_folder() / "measured" / name
+
+
+def _write(measures: Measures, path: Path) -> None:
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, records=measures.records, bad=np.array(json.dumps(measures.bad)))
+
+
+def _read(path: Path) -> Measures:
+    with np.load(path, allow_pickle=False) as kept:
+        bad = {int(index): why for index, why in json.loads(str(kept["bad"])).items()}
+        return Measures(kept["records"], bad)
 
 
 class _Measurer(Dataset[Measures]):
@@ -144,10 +190,10 @@ class _Measurer(Dataset[Measures]):
         if self.chat is None:
             return (*measures, 0, 0, 0)
         try:
-            encoded = self.chat.encode(record.turns, self.max_length, self.too_long)
+            counts = self.chat.count(record.turns, self.max_length, self.too_long)
         except DataError as error:
             raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
-        return (*measures, encoded.length, len(encoded.input_ids), encoded.num_labels)
+        return (*measures, counts.length, counts.kept, counts.labels)
 
 
 # Telling ----------------------------------------------------------------------------------------------------

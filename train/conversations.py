@@ -43,6 +43,7 @@ from vlm_vision.train.chat_format import (
     stack_instructions,
 )
 from vlm_vision.train.conversations_config import ConversationData, conversation_sources
+from vlm_vision.train.file_cache import file_key
 from vlm_vision.train.order import EpochOrder, UniformShuffle
 from vlm_vision.train.packing import pack
 from vlm_vision.train.record_files import WITHIN, open_records
@@ -250,6 +251,11 @@ class Conversations(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def digest(self) -> str:
+        """A hash of all that a look at the records depends on, but for the picture files' own."""
+        settings = (self.path, str(self.image_folder), self.follow_links, self.separate, sorted(self.bad))
+        return file_key(self._file.digest(), *settings)
+
     def refuse(self, bad: Mapping[int, str]) -> None:
         """Take these records for bad.
 
@@ -391,6 +397,10 @@ class MixedConversations(Sequence[Record]):
             seed,
             weights=[source.weight for source in self.sources],
         )
+
+    def digest(self) -> str:
+        """As `Conversations.digest`."""
+        return file_key(*(source.digest() for source in self.sources))
 
     def refuse(self, bad: Mapping[int, str]) -> None:
         """As `Conversations.refuse`, of all sources together."""

@@ -28,6 +28,8 @@ class ConversationConfig(Config):
         weight: how often an epoch shows each record: 2 is twice, 0.5 one half in one epoch and the other in
             the next.
         workers: processes that prepare samples; 0 prepares them in the training process.
+        check: read every record before the first step. `off` takes records as they come: what is bad is
+            replaced, counted and bounded all the same, but a run may end late by it.
         feature_cache: a folder to keep the features of a frozen tower in, which are then computed once, and
             read from there by every epoch and by later runs with the same tower and pictures.
     """
@@ -40,10 +42,11 @@ class ConversationConfig(Config):
     max_bad_share: Share = 0.0
     weight: PositiveFloat = 1.0
     workers: NonNegativeInt = 1
+    check: bool = True
     feature_cache: str | None = None
 
 
-OF_ALL_SOURCES = ("too_long", "workers", "feature_cache")
+OF_ALL_SOURCES = ("too_long", "workers", "check", "feature_cache")
 
 
 def _agree(sources: tuple[ConversationConfig, ...]) -> tuple[ConversationConfig, ...]:

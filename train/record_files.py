@@ -6,6 +6,7 @@ import codecs
 import json
 from array import array
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,10 @@ class RecordFile(Protocol):
 
     def picture(self, name: str) -> bytes:
         """The bytes behind a name that begins with WITHIN."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of all records; of pictures within them, only that they are there."""
         ...
 
 
@@ -102,6 +107,13 @@ class JsonRecords:
     def picture(self, name: str) -> bytes:
         raise DataError(f"{self.path}: picture {name!r} is of a table, and this is JSON")
 
+    def digest(self) -> str:
+        found = sha256()
+        with self.path.open("rb") as file:
+            while piece := file.read(_CHUNK):
+                found.update(piece)
+        return found.hexdigest()
+
 
 class TableRecords:
     """Rows of parquet files or of a hub data set, memory-mapped; pictures are read when asked for."""
@@ -133,6 +145,12 @@ class TableRecords:
         value = value[place] if isinstance(value, list) else value
         content: bytes = value["bytes"] if isinstance(value, dict) else value
         return content
+
+    def digest(self) -> str:
+        found = sha256()
+        for raw in self:
+            found.update(f"{raw!r}\n".encode())
+        return found.hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrow": None}  # the data set is mapped again, this would be copied

@@ -20,7 +20,6 @@ from vlm_vision.adapters.lora import has_lora
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.checkpoint import find_checkpoint
-from vlm_vision.train.conversation_check import measure_for_training
 from vlm_vision.train.conversations import (
     Batch,
     ConversationDataset,
@@ -28,7 +27,6 @@ from vlm_vision.train.conversations import (
     MixedConversations,
     Sample,
     collate,
-    open_conversations,
 )
 from vlm_vision.train.deepspeed_engine import (
     engine_settings,
@@ -54,9 +52,19 @@ from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
 
 
 def run_stage(
-    model: VisionLanguageModel, stage: Stage, seed: int, folder: Path, *, resume: bool = False
+    model: VisionLanguageModel,
+    conversations: Conversations | MixedConversations,
+    measured: NDArray[Any],
+    stage: Stage,
+    seed: int,
+    folder: Path,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train the model in place; afterwards it is whole on rank 0, with LoRA not merged yet.
+
+    Args:
+        measured: the records of the conversations, see `measure_for_training`.
 
     Returns:
         `parts` that learnt, and `figures`.
@@ -66,8 +74,7 @@ def run_stage(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     micro_batch_size = _micro_batch_size(stage, world)
-    data = _open_data(model, stage)
-    measured = measure_for_training(data, stage.sources[0].workers)
+    data = _dataset(model, conversations, stage)
     total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
     start = found[0] if found else 0
@@ -238,9 +245,11 @@ def _micro_batch_size(stage: Stage, world: int) -> int:
     return size
 
 
-def _open_data(model: VisionLanguageModel, stage: Stage) -> ConversationDataset:
+def _dataset(
+    model: VisionLanguageModel, conversations: Conversations | MixedConversations, stage: Stage
+) -> ConversationDataset:
     return ConversationDataset(
-        open_conversations(stage.data),
+        conversations,
         model.chat,
         model.vision_tower.image_processor,
         max_length=stage.max_length,

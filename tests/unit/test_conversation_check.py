@@ -16,7 +16,7 @@ from vlm_vision.errors import DataError
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.conversation_check import ConversationFindings, check_conversations, measure
-from vlm_vision.train.conversations import ChatFormat
+from vlm_vision.train.conversations import ChatFormat, Conversations
 from vlm_vision.train.conversations_config import ConversationConfig
 
 
@@ -159,6 +159,93 @@ def test_captions_are_no_conversations(data: Path, capsys: pytest.CaptureFixture
     (data / "pairs.jsonl").write_text('{"image": "images/0.png", "caption": "red"}\n', encoding="utf-8")
     assert main(["data", "check", str(data / "pairs.jsonl"), "--workers", "0"]) == 0
     assert "captions per picture" in capsys.readouterr().out
+
+
+def test_bad_records_are_refused_before_weights_are_read(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "bad.json").write_text(json.dumps([RECORDS[0], RECORDS[9]]), encoding="utf-8")
+    monkeypatch.setattr("vlm_vision.train.align.build_model", lambda *given: pytest.fail("weights are read"))
+    settings = config(data, "bad.json")
+    settings["stages"][0]["max_length"] = 28
+    with pytest.raises(DataError, match="1 of 2 records cannot be used"):
+        align(AlignConfig.model_validate(settings), tmp_path / "run")
+
+
+def test_what_was_found_is_kept_by_all_that_it_depends_on(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_VISION_CACHE", str(tmp_path / "cache"))
+    looks: list[int] = []
+
+    def counted(conversations: Any, *given: Any, **options: Any) -> Any:
+        looks.append(len(conversations))
+        return measure(conversations, *given, **options)
+
+    monkeypatch.setattr("vlm_vision.train.conversation_check.measure", counted)
+    (data / "talks.json").write_text(json.dumps([*[RECORDS[0]] * 5, RECORDS[9]]), encoding="utf-8")
+    settings = config(data, "talks.json", max_bad_share=0.2)
+    settings["stages"][0] |= {"max_length": 28, "group_by_length": True}
+
+    def run(name: str) -> list[str]:
+        align(AlignConfig.model_validate(settings), tmp_path / name, resume=True)
+        listed = (tmp_path / name / "s" / "bad_samples.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line)["error"] for line in listed.splitlines()]
+
+    first = run("first")
+    assert "record 'no label'" in first[0]
+    (tmp_path / "first" / "s" / "done.json").unlink()
+    assert run("first") == first  # goes on, from what lies in the run's folder
+    for file in (tmp_path / "cache").rglob("*.npz"):
+        file.unlink()
+    (tmp_path / "first" / "s" / "done.json").unlink()
+    assert run("first") == first
+    assert run("second") == first  # another run, from the user's cache
+    assert len(looks) == 1
+    settings["stages"][0]["data"]["max_bad_share"] = 0.0
+    with pytest.raises(DataError, match="1 of 6 records"):  # what is kept is judged anew
+        run("third")
+    assert len(looks) == 1
+    settings["stages"][0]["data"]["max_bad_share"] = 0.2
+    settings["stages"][0]["max_length"] = 27
+    run("shorter")
+    (data / "talks.json").write_text(json.dumps([*[RECORDS[2]] * 5, RECORDS[9]]), encoding="utf-8")
+    run("other records")
+    (data / "template.jinja").write_text(tiny_tokenizer().chat_template + "{# other #}", encoding="utf-8")
+    settings["model"]["chat_template"] = str(data / "template.jinja")
+    run("other template")
+    assert len(looks) == 4
+
+
+def test_without_the_check_bad_records_are_found_as_they_come(data: Path, tmp_path: Path) -> None:
+    (data / "bad.json").write_text(json.dumps([*[RECORDS[0]] * 3, RECORDS[9]]), encoding="utf-8")
+    settings = config(data, "bad.json", max_bad_share=0.25)
+    settings["stages"][0] |= {"steps": 2, "max_length": 28}
+    checked = align(AlignConfig.model_validate(settings), tmp_path / "checked")["s"]
+    settings["stages"][0]["data"]["check"] = False
+    found = align(AlignConfig.model_validate(settings), tmp_path / "found")["s"]
+    assert (
+        (found["loss"], found["replaced"]) == (checked["loss"], checked["replaced"]) == (checked["loss"], 1)
+    )
+    assert not list((tmp_path / "found" / "s").glob("measured-*"))
+    lists = [(tmp_path / name / "s" / "bad_samples.jsonl").read_text() for name in ("checked", "found")]
+    assert lists[0] == lists[1]
+    settings["stages"][0]["data"]["max_bad_share"] = 0.0
+    with pytest.raises(DataError, match=r"(?s)'no label'.*max_bad_share"):
+        align(AlignConfig.model_validate(settings), tmp_path / "none")
+    settings["stages"][0]["group_by_length"] = True
+    with pytest.raises(ValueError, match="group_by_length takes the lengths that the check finds"):
+        AlignConfig.model_validate(settings)
+
+
+def test_tables_are_told_apart_by_their_rows(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    digests = list[str]()
+    for number, words in enumerate(("red", "blue", "red")):
+        rows = [{"conversations": talk("what ?", words)}] * 3
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{number}.parquet")
+        digests.append(Conversations(tmp_path / f"{number}.parquet")._file.digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_training_refuses_before_its_first_step(data: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from real_tokenizers import llama_tokenizer, qwen_tokenizer
 from tiny import colour_records, tiny_tokenizer, tiny_tower
 
 from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.train.chat_format import TEMPLATES
 from vlm_vision.train.conversations import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
@@ -296,6 +297,56 @@ def dataset(folder: Path, records: Any, **options: Any) -> ConversationDataset:
     conversations = Conversations(write(folder, records), folder / "images", **options)
     chat = ChatFormat(tiny_tokenizer(), tower.num_patches)
     return ConversationDataset(conversations, chat, tower.image_processor, max_length=64)
+
+
+MACROS = """
+{#- Llama 3's way: macros, a namespace, white space that tags trim. -#}
+{% set state = namespace(count=0) %}
+{% macro head(role) %}
+<|{{ role }}|{{ state.count }}>
+{% endmacro %}
+    {% for message in messages %}
+        {% set state.count = state.count + 1 %}
+    {{ head(message.role) }}  {{ message.content | trim }}{{ eos_token if loop.index0 % 2 }}
+  {% endfor %}
+{% if add_generation_prompt %}
+  {{ head('assistant') }}{% endif %}
+
+"""
+
+
+@pytest.mark.parametrize(
+    "template", ["v1", "llama_2", "chatml", "plain", MACROS, "  x\n{%- if messages %} y{% endif %}"]
+)
+def test_beginnings_are_rendered_as_one_by_one(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = read_template(template) if template in TEMPLATES else template
+    turns = [Turn(("user", "assistant")[n % 2], f' say "{n}" <b>\n\u2028é ') for n in range(5)]
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    beginnings = [(count, asked) for count in range(1, 6) for asked in (False, True)]
+    assert ChatFormat(tokenizer, 1)._render(turns, beginnings) == [
+        tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asked)
+        for count, asked in beginnings
+    ]
+
+
+def test_counts_are_those_of_the_tokens_and_a_tokenizer_cuts_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    talk = [
+        Turn("user", "<image> what is it ?"),
+        Turn("assistant", "red"),
+        Turn("user", "?"),
+        Turn("assistant", "x"),
+    ]
+    whole = ChatFormat(tokenizer, 3).encode(talk, 64)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    chat = ChatFormat(tokenizer, 3)
+    assert chat.encode(talk, 64) == whole
+    for max_length in (64, 20):
+        encoded, counts = chat.encode(talk, max_length), chat.count(talk, max_length)
+        assert (counts.length, counts.kept) == (encoded.length, len(encoded.input_ids))
+        assert counts.labels == encoded.num_labels
 
 
 def test_bad_records_are_replaced_by_the_next_good_one_and_told(tmp_path: Path) -> None:
