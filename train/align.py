@@ -24,8 +24,8 @@ from vlm_vision.train.plan import check_fit
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process
 from vlm_vision.train.stage import run_stage
+from vlm_vision.train.tiles import load_newline
 from vlm_vision.train.vlm import (
-    PARTS,
     Part,
     VisionLanguageModel,
     embedding_width,
@@ -88,7 +88,7 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
                     save_llm_lora(model, folder / ADAPTERS_FOLDER, stage.lora, base=str(config.model.llm))
                 if any(rule.learn == "lora" for rule in stage.learn):
                     merge_lora(model)
-                model.save_pretrained(target, parts=PARTS if is_last else record["parts"])
+                model.save_pretrained(target, parts=model.parts if is_last else record["parts"])
                 done.write_text(json.dumps(record, indent=2), encoding="utf-8")
             dist.barrier()
             del model
@@ -124,4 +124,9 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
         if config.projector_weights is not None:
             load_projector_weights(projector, config.projector_weights)
     text_tokenizer = load_text_tokenizer(learnt["projector"]) if "projector" in learnt else None
-    return VisionLanguageModel(tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer)
+    model = VisionLanguageModel(
+        tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer, config.tiling
+    )
+    if model.tiles is not None and "tiles" in learnt:
+        load_newline(model.tiles, learnt["tiles"], dtype)
+    return model
