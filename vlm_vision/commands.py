@@ -297,7 +297,8 @@ def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
     model = VisionLanguageModel.from_pretrained(arguments.source)
     if arguments.to == "transformers":
         export_llava_for_transformers(model, output, source=arguments.source)
-        print(f"{output}: transformers.LlavaForConditionalGeneration.from_pretrained, and AutoProcessor")
+        kind = "Llava" if model.tiles is None else "LlavaNext"
+        print(f"{output}: transformers.{kind}ForConditionalGeneration.from_pretrained, and AutoProcessor")
         return
     export_llava(model, output, source=arguments.source)
     print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, None, 'llava')")

@@ -28,7 +28,16 @@ ATTENDING: dict[str, dict[str, Any]] = {
 }
 
 
-def config(folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", **stage: Any) -> AlignConfig:
+TILING = {
+    "mode": "anyres",
+    "merge": "spatial_unpad",
+    "grid_pinpoints": [[32, 64], [64, 32]],
+}
+
+
+def config(
+    folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", tiling: Any = None, **stage: Any
+) -> AlignConfig:
     """Every part learns, one conversation at a time, so that ranks accumulate gradients."""
     settings = {
         "name": "all",
@@ -46,7 +55,7 @@ def config(folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", **stage
     return load_config(
         AlignConfig,
         {
-            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": projector},
+            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": projector, "tiling": tiling},
             "stages": [settings],
         },
     )
@@ -59,7 +68,7 @@ def losses(run: Path) -> list[float]:
 def weights(model: Path) -> dict[str, list[Any]]:
     """Per part: number of tensors and elements, and the sum of magnitudes of all of them."""
     found = {}
-    for part in ("tower", "projector", "llm"):
+    for part in json.loads((model / "config.json").read_text(encoding="utf-8"))["parts"]:
         state = load_file(model / part / "model.safetensors")
         magnitude = sum(float(tensor.double().abs().sum()) for tensor in state.values())
         found[part] = [len(state), sum(tensor.numel() for tensor in state.values()), magnitude]
@@ -80,6 +89,8 @@ def main(folder: Path, output: Path) -> None:
     for name, options in ATTENDING.items():
         for zero_stage in (0, 3) if dist.get_world_size() == 1 else (3,):
             run(f"{name}{zero_stage}", zero_stage, projector={"name": name, **options})
+    for zero_stage in (0, 3) if dist.get_world_size() == 1 else (2, 3):
+        run(f"tiles{zero_stage}", zero_stage, tiling=TILING, max_length=128)
     files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(output / "kept")}
     run("kept3", 3, data=files, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
     run("frozen3", 3, learn=[{"match": "projector.*"}, {"match": "llm.*"}])
