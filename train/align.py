@@ -22,12 +22,12 @@ from vlm_vision.train.conversations import ChatFormat, open_conversations, read_
 from vlm_vision.train.deepspeed_engine import current_device, join_ranks
 from vlm_vision.train.deepspeed_json import read_deepspeed
 from vlm_vision.train.llm_adapters import save_llm_lora
-from vlm_vision.train.plan import check_fit, tokens_per_image
+from vlm_vision.train.plan import check_fit, picture_tokens
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process
 from vlm_vision.train.stage import run_stage
+from vlm_vision.train.tiles import TileFormat, load_newline
 from vlm_vision.train.vlm import (
-    PARTS,
     Part,
     VisionLanguageModel,
     embedding_width,
@@ -80,7 +80,8 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         if not done.is_file():
             prepare_process(config.seed)
             conversations = open_conversations(stage.data)
-            measured = measure_for_training(conversations, chat_format(config.model, stage), stage, folder)
+            chat, tiles = text_format(config.model, stage)
+            measured = measure_for_training(conversations, chat, stage, folder, tiles)
             model = build_model(config.model, stage, learnt)
             model.use_loss_kernel(stage.loss_kernel)
             record = run_stage(model, conversations, measured, stage, config.seed, folder, resume=resume)
@@ -92,7 +93,7 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
                     save_llm_lora(model, folder / ADAPTERS_FOLDER, stage.lora, base=str(config.model.llm))
                 if any(rule.learn == "lora" for rule in stage.learn):
                     merge_lora(model)
-                model.save_pretrained(target, parts=PARTS if is_last else record["parts"])
+                model.save_pretrained(target, parts=model.parts if is_last else record["parts"])
                 done.write_text(json.dumps(record, indent=2), encoding="utf-8")
             dist.barrier()
             del model
@@ -103,9 +104,10 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
     return figures
 
 
-def chat_format(config: VlmConfig, stage: Stage) -> ChatFormat:
-    """That of the model of a stage, told without a weight."""
-    return ChatFormat(_tokenizer(config, stage), tokens_per_image(config))
+def text_format(config: VlmConfig, stage: Stage) -> tuple[ChatFormat, TileFormat | None]:
+    """How the model of a stage writes conversations and cuts pictures, told without a weight."""
+    tokens, tiles = picture_tokens(config)
+    return ChatFormat(_tokenizer(config, stage), None if tiles else tokens), tiles
 
 
 def _tokenizer(config: VlmConfig, stage: Stage) -> Any:
@@ -137,4 +139,9 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
         if config.projector_weights is not None:
             load_projector_weights(projector, config.projector_weights)
     text_tokenizer = load_text_tokenizer(learnt["projector"]) if "projector" in learnt else None
-    return VisionLanguageModel(tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer)
+    model = VisionLanguageModel(
+        tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer, config.tiling
+    )
+    if model.tiles is not None and "tiles" in learnt:
+        load_newline(model.tiles, learnt["tiles"], dtype)
+    return model

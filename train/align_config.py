@@ -11,6 +11,7 @@ from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config
+from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.tower_config import TowerConfig
 from vlm_vision.train.conversations_config import (
     ConversationConfig,
@@ -41,6 +42,7 @@ class VlmConfig(Config):
         llm: folder or hub id of a causal language model of transformers.
         llm_weights: `none` builds the language model from its config, with random weights.
         chat_template: plain, v1, llama_2, chatml, qwen, or a .jinja file, in place of the tokenizer's own.
+        tiling: how pictures are cut into tiles of the tower's size (LLaVA's anyres); None takes each as one.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
@@ -49,6 +51,7 @@ class VlmConfig(Config):
     llm: str
     llm_weights: Literal["pretrained", "none"] = "pretrained"
     chat_template: str | None = None
+    tiling: TilingConfig | None = None
 
 
 class Stage(Config):

@@ -107,14 +107,16 @@ class ChatFormat:
 
     Args:
         tokenizer: any fast tokenizer of transformers; it is left as it is.
-        tokens_per_image: image tokens that one `<image>` stands for.
+        tokens_per_image: image tokens that one `<image>` stands for; None where that depends on the picture.
         chat_template: text of a template to use in place of the tokenizer's own.
 
     Raises:
         ConfigError: no chat template, or a tokenizer that cannot tell where in the text its tokens lie.
     """
 
-    def __init__(self, tokenizer: Any, tokens_per_image: int, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, tokens_per_image: int | None, chat_template: str | None = None
+    ) -> None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise ConfigError(
@@ -172,34 +174,49 @@ class ChatFormat:
         return sorted({*turn_end, *([] if end_of_text is None else [end_of_text])})
 
     def encode(
-        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
+        self,
+        turns: Sequence[Turn],
+        max_length: int,
+        too_long: Literal["truncate", "refuse"] = "truncate",
+        image_tokens: Sequence[int] | None = None,
     ) -> Encoded:
         """Tokens of a whole conversation; its answers, each with its end-of-turn token, are the labels.
 
         Rendering up to and through every answer shows where in the text it lies. The text is tokenized only
         as a whole, and a token is a label when it holds a character of an answer.
 
+        Args:
+            image_tokens: tokens of each picture in order, where `tokens_per_image` is None.
+
         Raises:
             ConfigError: the template writes a turn differently when more follows.
-            DataError: too long, or no label left.
+            DataError: too long, no label left, or not as many pictures as marks.
         """
-        ids, labels, counts = self._encode(turns, max_length, too_long)
+        ids, labels, counts = self._encode(turns, max_length, too_long, image_tokens)
         return Encoded(ids.tolist(), labels.tolist(), counts.length)
 
     def count(
-        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"] = "truncate"
+        self,
+        turns: Sequence[Turn],
+        max_length: int,
+        too_long: Literal["truncate", "refuse"] = "truncate",
+        image_tokens: Sequence[int] | None = None,
     ) -> Counts:
         """What `encode` gives, in numbers; raises as it does."""
-        return self._encode(turns, max_length, too_long)[2]
+        return self._encode(turns, max_length, too_long, image_tokens)[2]
 
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Tokens up to where an answer is to begin."""
+    def prompt(self, turns: Sequence[Turn], image_tokens: Sequence[int] | None = None) -> list[int]:
+        """Tokens up to where an answer is to begin; `image_tokens` as of `encode`."""
         (text,) = self._render(turns, [(len(turns), True)])
         ids, _, _ = self._tokenize(text)
-        return list(self._expand(ids, ids)[0].tolist())
+        return list(self._expand(ids, ids, image_tokens)[0].tolist())
 
     def _encode(
-        self, turns: Sequence[Turn], max_length: int, too_long: Literal["truncate", "refuse"]
+        self,
+        turns: Sequence[Turn],
+        max_length: int,
+        too_long: Literal["truncate", "refuse"],
+        image_tokens: Sequence[int] | None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Counts]:
         text, answers = self._answers(turns)
         ids, starts, ends = self._tokenize(text)
@@ -207,7 +224,7 @@ class ChatFormat:
         for first, last in answers:
             learnt |= (ends > first) & (starts < last)
         labels = np.where(learnt, ids, IGNORE_INDEX)
-        ids, labels = self._expand(ids, labels)
+        ids, labels = self._expand(ids, labels, image_tokens)
         if len(ids) > max_length and too_long == "refuse":
             raise DataError(f"{len(ids)} tokens, max_length is {max_length}")
         if (ids[max_length:] == IMAGE_TOKEN_ID).any():
@@ -279,10 +296,16 @@ class ChatFormat:
             ) from error
         return [str(text) for text in json.loads(texts)]
 
-    def _expand(self, ids: Any, labels: Any) -> tuple[Any, Any]:
-        """Every mark becomes `tokens_per_image` image tokens."""
+    def _expand(self, ids: Any, labels: Any, image_tokens: Sequence[int] | None) -> tuple[Any, Any]:
+        """Every mark becomes as many image tokens as its picture takes."""
         marks = ids == self._mark
-        repeats = np.where(marks, self.tokens_per_image, 1)
+        counts = image_tokens
+        if self.tokens_per_image is not None:
+            counts = [self.tokens_per_image] * int(marks.sum())
+        if len(counts or ()) != marks.sum():
+            raise DataError(f"{marks.sum()} {IMAGE_TOKEN} in the text, but {len(counts or ())} picture(s)")
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[marks] = counts or 0
         ids, labels = np.where(marks, IMAGE_TOKEN_ID, ids), np.where(marks, IGNORE_INDEX, labels)
         return np.repeat(ids, repeats), np.repeat(labels, repeats)
 

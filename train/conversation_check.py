@@ -23,12 +23,14 @@ from vlm_vision.train.conversations import (
     MixedConversations,
     Record,
     open_conversations,
+    picture_tokens,
 )
 from vlm_vision.train.conversations_config import ConversationData, conversation_sources
 from vlm_vision.train.data_check import SHOWN, as_is, spread
 from vlm_vision.train.file_cache import cache_folder, file_key
 from vlm_vision.train.pairs import write_bad_list
 from vlm_vision.train.report import Report, style_axis
+from vlm_vision.train.tiles import TileFormat
 
 CHUNK = 256  # records that a worker is given at once
 MEASURE = np.dtype(
@@ -59,6 +61,7 @@ def measure(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    tiles: TileFormat | None = None,
 ) -> Measures:
     """Read every record once.
 
@@ -67,11 +70,12 @@ def measure(
         read_pictures: decode them too; else it is only seen that their paths stay within the image folder.
         workers: processes that read; 0 reads in this one.
         rank, world: read every world-th chunk alone, from this one on.
+        tiles: of a model that takes pictures in tiles, whose headers then tell how many tokens they take.
     """
     starts = range(rank * CHUNK, len(conversations), world * CHUNK)
     chunks = [range(first, min(first + CHUNK, len(conversations))) for first in starts]
     loader = DataLoader(
-        _Measurer(conversations, chat, max_length, too_long, read_pictures),
+        _Measurer(conversations, chat, max_length, too_long, read_pictures, tiles),
         sampler=chunks,  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=as_is,
@@ -88,7 +92,11 @@ def measure(
 
 
 def measure_for_training(
-    conversations: Conversations | MixedConversations, chat: ChatFormat, stage: Stage, folder: Path
+    conversations: Conversations | MixedConversations,
+    chat: ChatFormat,
+    stage: Stage,
+    folder: Path,
+    tiles: TileFormat | None = None,
 ) -> NDArray[Any]:
     """Measures of a stage's records, of which each rank reads its share; what is bad will be replaced.
 
@@ -110,7 +118,8 @@ def measure_for_training(
     name = ""
     found: list[Any] = [None]
     if rank == 0:
-        facts = (conversations.digest(), chat.digest, stage.max_length, first.too_long)
+        cut = "" if tiles is None else (repr(tiles.config), tiles.tile_size, tiles.grid)
+        facts = (conversations.digest(), chat.digest, stage.max_length, first.too_long, cut)
         name = f"measured-{file_key(*facts)}.npz"
         found = [next((_read(place) for place in _places(folder, name) if place.is_file()), None)]
     dist.broadcast_object_list(found)
@@ -123,6 +132,7 @@ def measure_for_training(
             workers=first.workers,
             rank=rank,
             world=world,
+            tiles=tiles,
         )
         found = [None] * world
         dist.all_gather_object(found, mine)
@@ -164,8 +174,9 @@ class _Measurer(Dataset[Measures]):
         max_length: int,
         too_long: Literal["truncate", "refuse"],
         read_pictures: bool,
+        tiles: TileFormat | None,
     ) -> None:
-        self.conversations, self.chat = conversations, chat
+        self.conversations, self.chat, self.tiles = conversations, chat, tiles
         self.max_length, self.too_long, self.read_pictures = max_length, too_long, read_pictures
 
     def __getitem__(self, chunk: range) -> Measures:
@@ -189,8 +200,9 @@ class _Measurer(Dataset[Measures]):
         measures = (len(record.turns), len(record.images), characters)
         if self.chat is None:
             return (*measures, 0, 0, 0)
+        image_tokens = picture_tokens(self.conversations, record, self.tiles)
         try:
-            counts = self.chat.count(record.turns, self.max_length, self.too_long)
+            counts = self.chat.count(record.turns, self.max_length, self.too_long, image_tokens)
         except DataError as error:
             raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
         return (*measures, counts.length, counts.kept, counts.labels)
@@ -251,7 +263,12 @@ class ConversationFindings:
 
 
 def check_conversations(
-    data: ConversationData, *, chat: ChatFormat | None, max_length: int, workers: int
+    data: ConversationData,
+    *,
+    chat: ChatFormat | None,
+    max_length: int,
+    workers: int,
+    tiles: TileFormat | None = None,
 ) -> ConversationFindings:
     """Read every record with its pictures once.
 
@@ -259,6 +276,7 @@ def check_conversations(
         chat: by which tokens and labels are counted; None counts none.
         max_length: tokens that are kept of a record.
         workers: processes that read; 0 reads in this one.
+        tiles: as of `measure`.
 
     Raises:
         DataError: a source that is not there or holds nothing that can be used.
@@ -273,6 +291,7 @@ def check_conversations(
         too_long=nodes[0].too_long,
         read_pictures=True,
         workers=workers,
+        tiles=tiles,
     )
     if not len(measures.records):
         raise DataError(

@@ -30,6 +30,7 @@ from vlm_vision.errors import DataError
 from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.files import is_inside
 from vlm_vision.picture_list import ListedPicture, NamedBytes
+from vlm_vision.pictures import picture_size
 from vlm_vision.preprocess import ImageProcessor, open_image
 from vlm_vision.train.chat_format import (
     IGNORE_INDEX,
@@ -47,6 +48,7 @@ from vlm_vision.train.file_cache import file_key
 from vlm_vision.train.order import EpochOrder, UniformShuffle
 from vlm_vision.train.packing import pack
 from vlm_vision.train.record_files import WITHIN, open_records
+from vlm_vision.train.tiles import TileFormat
 
 __all__ = [
     "IGNORE_INDEX",
@@ -65,6 +67,7 @@ __all__ = [
     "collate",
     "open_conversations",
     "parse_record",
+    "picture_tokens",
     "read_template",
     "separate_questions",
     "stack_instructions",
@@ -313,6 +316,13 @@ class Conversations(Sequence[Record]):
         except DataError as error:
             raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
 
+    def sizes(self, record: Record) -> list[tuple[int, int]]:
+        """(width, height) of the record's pictures, told by their headers; raises as `pictures`."""
+        try:
+            return [picture_size(self._source(name, record.id)) for name in record.images]
+        except DataError as error:
+            raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
+
     def check_paths(self, record: Record) -> None:
         """See that its pictures lie in the image folder, without opening them; raises as `pictures`."""
         for name in record.images:
@@ -426,6 +436,10 @@ class MixedConversations(Sequence[Record]):
         """As `Conversations.pictures`."""
         return [picture for source, own in self._by_source(record) for picture in source.pictures(own)]
 
+    def sizes(self, record: Record) -> list[tuple[int, int]]:
+        """As `Conversations.sizes`."""
+        return [size for source, own in self._by_source(record) for size in source.sizes(own)]
+
     def _by_source(self, record: Record) -> Iterator[tuple[Conversations, Record]]:
         """Each picture as a record's only one, with its source."""
         for image in record.images:
@@ -483,8 +497,9 @@ class Sample:
 
     Attributes:
         input_ids, labels: [T].
-        pixels: [pictures, 3, H, W], or None for text alone.
+        pixels: [pictures, 3, H, W], of all their tiles where there are tiles; or None for text alone.
         patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
+        image_sizes: [pictures, 2], their (height, width) where they are in tiles.
         instruction: [tokens] that the projector reads, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
         truncated: whether its text was cut at max_length.
@@ -497,10 +512,13 @@ class Sample:
     instruction: Tensor | None = None
     replaced: tuple[tuple[int, str], ...] = ()
     truncated: bool = False
+    image_sizes: Tensor | None = None
 
     @property
     def num_pictures(self) -> int:
         seen = self.patches if self.pixels is None else self.pixels
+        if self.image_sizes is not None:
+            seen = self.image_sizes
         return 0 if seen is None else len(seen)
 
 
@@ -510,6 +528,7 @@ class ConversationDataset(Dataset[Sample]):
     Args:
         features: patches by the name of the picture, in place of pixels; a picture that has none is bad.
         instructions: for a projector that reads text.
+        tiles: how pictures are cut, where they are.
 
     Raises (on access):
         DataError: more bad records than the conversations allow.
@@ -525,11 +544,12 @@ class ConversationDataset(Dataset[Sample]):
         too_long: Literal["truncate", "refuse"] = "truncate",
         features: FeatureShards | None = None,
         instructions: Instructions | None = None,
+        tiles: TileFormat | None = None,
     ) -> None:
         self.conversations, self.chat, self.image_processor = conversations, chat, image_processor
-        self.features, self.instructions = features, instructions
+        self.features, self.instructions, self.tiles = features, instructions, tiles
         self.max_length, self.too_long = max_length, too_long
-        self._encoded: dict[tuple[Turn, ...], Encoded] = {}
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -545,31 +565,45 @@ class ConversationDataset(Dataset[Sample]):
             reason = self.conversations.bad.get(candidate)
             if reason is None:
                 try:
-                    return self._sample(self.conversations[candidate], tuple(replaced))
+                    return self.sample(self.conversations[candidate], tuple(replaced))
                 except DataError as error:
                     reason = str(error)
             replaced.append((candidate, reason))
             if len(replaced) > self.conversations.max_bad:
                 raise DataError(f"{reason}\nmax_bad_share sets how many bad records may be replaced")
 
-    def _sample(self, record: Record, replaced: tuple[tuple[int, str], ...]) -> Sample:
+    def sample(self, record: Record, replaced: tuple[tuple[int, str], ...] = ()) -> Sample:
+        """One record's sample.
+
+        Raises:
+            DataError: it cannot be used; names it.
+        """
+        counts = picture_tokens(self.conversations, record, self.tiles)
         try:
-            encoded = self._encode(record.turns)
+            encoded = self._encode(record.turns, counts)
         except DataError as error:
             raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
+        pixels, sizes = self._pixels(record) if self.features is None else (None, None)
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
-            self._pixels(record) if self.features is None else None,
+            pixels,
             None if self.features is None else self._patches(self.features, record),
             None if self.instructions is None else self.instructions(record.turns),
             replaced,
             encoded.truncated,
+            sizes,
         )
 
-    def _pixels(self, record: Record) -> Tensor | None:
-        squares = [self.image_processor.to_square(picture) for picture in self.conversations.pictures(record)]
-        return self.image_processor.normalise(squares) if squares else None
+    def _pixels(self, record: Record) -> tuple[Tensor | None, Tensor | None]:
+        pictures = self.conversations.pictures(record)
+        if not pictures:
+            return None, None
+        if self.tiles is not None:
+            return self.tiles(pictures)
+        return self.image_processor.normalise(
+            [self.image_processor.to_square(picture) for picture in pictures]
+        ), None
 
     def _patches(self, features: FeatureShards, record: Record) -> Tensor:
         for name in record.images:
@@ -579,13 +613,31 @@ class ConversationDataset(Dataset[Sample]):
         rows = [features[name] for name in record.images]
         return torch.stack(rows) if rows else torch.empty(0, *features.manifest.shape)
 
-    def _encode(self, turns: tuple[Turn, ...]) -> Encoded:
+    def _encode(self, turns: tuple[Turn, ...], counts: tuple[int, ...] | None) -> Encoded:
         """Tokens of a conversation; kept for the next time, as the same is asked about many pictures."""
-        if turns not in self._encoded:
+        key = turns, counts
+        if key not in self._encoded:
             if len(self._encoded) == _KEPT:
                 self._encoded.clear()
-            self._encoded[turns] = self.chat.encode(turns, self.max_length, self.too_long)
-        return self._encoded[turns]
+            self._encoded[key] = self.chat.encode(turns, self.max_length, self.too_long, counts)
+        return self._encoded[key]
+
+
+def picture_tokens(
+    conversations: Conversations | MixedConversations, record: Record, tiles: TileFormat | None
+) -> tuple[int, ...] | None:
+    """Tokens of each of a record's pictures, by their headers; None where all pictures take the same.
+
+    Raises:
+        DataError: a picture that cannot be read, or is too thin for every size of tiles.
+    """
+    if tiles is None:
+        return None
+    sizes = conversations.sizes(record)
+    try:
+        return tuple(map(tiles.num_tokens, sizes))
+    except DataError as error:
+        raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -595,10 +647,11 @@ class Batch:
     Attributes:
         input_ids, attention_mask, labels: [B,T]; packed, the mask counts the samples of a row from 1.
         position_ids: [B,T], anew with each sample; None where they are not packed.
-        pixels: [P,3,H,W], pictures of all samples in order, or None.
+        pixels: [P,3,H,W], pictures of all samples in order, or all their tiles; or None.
         patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
         text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
         replaced, truncated: what happened to its samples.
+        image_sizes: [P,2], (height, width) of all pictures in order, where they are in tiles; or None.
     """
 
     input_ids: Tensor
@@ -612,6 +665,7 @@ class Batch:
     position_ids: Tensor | None = None
     padded_positions: int = 0
     """Places that the samples would take one in a row."""
+    image_sizes: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -648,6 +702,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) 
     positions = [torch.cat([torch.arange(len(sample.input_ids)) for sample in row]) for row in members]
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
+    sizes = [sample.image_sizes for sample in samples if sample.image_sizes is not None]
     instructions = [
         sample.instruction
         for sample in samples
@@ -665,6 +720,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) 
         truncated=sum(sample.truncated for sample in samples),
         position_ids=None if pack_to is None else pad_sequence(positions, batch_first=True),
         padded_positions=longest * len(samples),
+        image_sizes=torch.cat(sizes) if sizes else None,
     )
 
 

@@ -70,8 +70,10 @@ def answer_questions(
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
             pictures = [picture for record, _ in batch for picture in conversations.pictures(record)]
-            pixels = model.vision_tower.image_processor(pictures) if pictures else None
-            spoken = model.answer(pixels, [record.turns for record, _ in batch], max_new_tokens)
+            pixels, sizes = model.prepare_pictures(pictures)
+            spoken = model.answer(
+                pixels, [record.turns for record, _ in batch], max_new_tokens, image_sizes=sizes
+            )
             answers += [
                 Answer(record.id, record.images, record.turns[-1].words, truth.text, said, truth.kind)
                 for (record, truth), said in zip(batch, spoken, strict=True)
@@ -108,9 +110,13 @@ def caption_loss(
 ) -> float:
     """Mean loss over the tokens of all answers, with the right pictures or, given `swap_seed`, others."""
     shown = {} if swap_seed is None else swapped_pictures(conversations, swap_seed)
-    processor = model.vision_tower.image_processor
     data = ConversationDataset(
-        conversations, model.chat, processor, max_length=max_length, instructions=model.instructions
+        conversations,
+        model.chat,
+        model.vision_tower.image_processor,
+        max_length=max_length,
+        instructions=model.instructions,
+        tiles=None if model.tiles is None else model.tiles.form,
     )
     device = next(model.parameters()).device
     total, labels = 0.0, 0
@@ -121,12 +127,11 @@ def caption_loss(
             indices = range(first, min(first + batch_size, len(data)))
             samples: list[Sample] = [data[index] for index in indices]
             if shown:
-                records = [_show(conversations[index], shown) for index in indices]
-                pictures = [conversations.pictures(record) for record in records]
-                samples = [
-                    replace(sample, pixels=processor(seen) if seen else None)
-                    for sample, seen in zip(samples, pictures, strict=True)
+                kept = [
+                    conversations[(index + len(sample.replaced)) % len(data)]
+                    for index, sample in zip(indices, samples, strict=True)
                 ]
+                samples = [data.sample(_show(record, shown)) for record in kept]
             batch = collate(samples, model.chat.pad_id)
             output = model(
                 batch.input_ids.to(device),
@@ -134,6 +139,7 @@ def caption_loss(
                 batch.labels.to(device),
                 None if batch.pixels is None else batch.pixels.to(device),
                 text=None if batch.text is None else {k: v.to(device) for k, v in batch.text.items()},
+                image_sizes=batch.image_sizes,
             )
             total += float(output.loss) * batch.num_labels
             labels += batch.num_labels

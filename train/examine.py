@@ -149,8 +149,10 @@ def _answer_results(
     with progress_bar(len(questions), questions.kind) as bar:
         for batch in _batches(questions, batch_size):
             pictures = [picture for question in batch for picture in questions.pictures(question)]
-            pixels = model.vision_tower.image_processor(pictures) if pictures else None
-            said = model.answer(pixels, [question.turns for question in batch], max_new_tokens)
+            pixels, sizes = model.prepare_pictures(pictures)
+            said = model.answer(
+                pixels, [question.turns for question in batch], max_new_tokens, image_sizes=sizes
+            )
             results += [
                 _graded(questions.kind, question, answer)
                 for question, answer in zip(batch, said, strict=True)
@@ -186,6 +188,7 @@ def _caption_results(
                 rows.attention_mask.to(device),
                 pixels=None if rows.pixels is None else rows.pixels.to(device),
                 text=None if rows.text is None else {name: ids.to(device) for name, ids in rows.text.items()},
+                image_sizes=rows.image_sizes,
             )
             for question, logits, labels in zip(batch, output.logits, rows.labels.to(device), strict=True):
                 learnt = labels[1:] >= 0
@@ -201,13 +204,16 @@ def _caption_sample(
     model: VisionLanguageModel, questions: Questions, question: Question, max_length: int
 ) -> Sample:
     turns = (*question.turns, Turn("assistant", question.truths[0]))
-    encoded = model.chat.encode(turns, max_length, "refuse")
     pictures = questions.pictures(question)
+    pixels, sizes = model.prepare_pictures(pictures)
+    counts = None if model.tiles is None else [model.tiles.form.num_tokens(seen.size) for seen in pictures]
+    encoded = model.chat.encode(turns, max_length, "refuse", counts)
     return Sample(
         torch.tensor(encoded.input_ids),
         torch.tensor(encoded.labels),
-        model.vision_tower.image_processor(pictures) if pictures else None,
+        pixels,
         instruction=None if model.instructions is None else model.instructions(turns),
+        image_sizes=sizes,
     )
 
 

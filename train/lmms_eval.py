@@ -112,9 +112,13 @@ class VlmVision(lmms):  # type: ignore[misc,no-any-unimported]
             prompts.append([Turn("user", marks + context.replace(IMAGE_TOKEN, "").strip())])
             pictures += seen
         options: Mapping[str, Any] = requests[0].args[1]
-        pixels = self.model.vision_tower.image_processor(pictures) if pictures else None
+        pixels, sizes = self.model.prepare_pictures(pictures)
         said = self.model.answer(
-            pixels, prompts, options.get("max_new_tokens", MAX_NEW_TOKENS), **_sampling(options)
+            pixels,
+            prompts,
+            options.get("max_new_tokens", MAX_NEW_TOKENS),
+            image_sizes=sizes,
+            **_sampling(options),
         )
         until = options.get("until") or []
         return [_cut(answer, [until] if isinstance(until, str) else until) for answer in said]

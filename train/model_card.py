@@ -60,8 +60,6 @@ def run_stages(model_folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]
 def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     tower, projector, llm = model.vision_tower, model.projector, model.llm
     backbone = tower.backbone.portable_config()
-    settings = tower.image_processor.config
-    size = settings.image_size if isinstance(settings.image_size, int) else list(settings.image_size)
     counts = {name: sum(p.numel() for p in model.part(name).parameters()) for name in PARTS}
     lines = [
         "---",
@@ -81,7 +79,7 @@ def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, An
         f"| {counts['projector']:,} |",
         f"| language model | {type(llm).__name__} | {counts['llm']:,} |",
         "",
-        f"A picture of {size} pixels ({settings.resize}) takes {model.tokens_per_image} tokens.",
+        _pictures(model),
         "",
         "```python",
         _USE[form].rstrip(),
@@ -106,6 +104,16 @@ def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, An
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _pictures(model: VisionLanguageModel) -> str:
+    settings = model.vision_tower.image_processor.config
+    size = settings.image_size if isinstance(settings.image_size, int) else list(settings.image_size)
+    tokens = model.tokens_per_image
+    if model.tiles is None:
+        return f"A picture of {size} pixels ({settings.resize}) takes {tokens} tokens."
+    count = model.tiles.form.most_tiles
+    return f"A picture in up to {count} tiles of {size} pixels takes up to {tokens} tokens, by its shape."
 
 
 def _rule(rule: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.prepared import prepare_model
 from vlm_vision.train.sources import find_files, is_there
+from vlm_vision.train.tiles import TileFormat, TileMerger, tile_format
 from vlm_vision.train.vlm import embedding_width, load_llm, token_grid, with_vocabulary
 
 Precision = Literal["fp32", "bf16", "autocast"]
@@ -139,14 +140,26 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `vlm-vision plan` prints."""
+    """What `vlm-vision plan` prints.
+
+    Attributes:
+        tokens_per_image: the most, where pictures are in tiles.
+        tiles: how many a picture is cut into at most, and the tokens of one; None without.
+    """
 
     tokens_per_image: int
     world: int
     stages: tuple[StagePlan, ...]
+    tiles: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         lines = [f"tokens per image: {self.tokens_per_image}"]
+        if self.tiles is not None:
+            count, tokens = self.tiles
+            lines = [
+                f"tokens per image: up to {self.tokens_per_image:,}, by its shape, in up to {count} tiles of "
+                f"{tokens:,}"
+            ]
         for stage in self.stages:
             lines += [
                 "",
@@ -182,10 +195,10 @@ def plan_align(
         DataError: data that is there and cannot be used.
     """
     stages = []
-    tokens_per_image = 0
+    tokens_per_image, tiles = 0, None
     for stage in config.stages:
-        model, tokens_per_image = _vision_language_model(config.model, WITHOUT_WEIGHTS)
-        _check_lengths(stage, tokens_per_image, model["llm"])
+        model, tokens_per_image, tiles = _vision_language_model(config.model, WITHOUT_WEIGHTS)
+        _check_lengths(stage, tokens_per_image, tiles, model["llm"])
         set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
         files = ", ".join(source.file for source in stage.sources)
@@ -198,10 +211,13 @@ def plan_align(
                 tokens_per_step=stage.batch_size * stage.max_length,
                 parts=_stage_parts(model, stage, world),
                 activations=_activations(model, stage, world),
-                arithmetic=_arithmetic(model, stage, tokens or stage.max_length),
+                arithmetic=_arithmetic(
+                    model, stage, tokens or stage.max_length, 1 if tiles is None else tiles.most_tiles
+                ),
             )
         )
-    return Plan(tokens_per_image, world, tuple(stages))
+    cut = None if tiles is None else (tiles.most_tiles, tiles.grid[0] * tiles.grid[1])
+    return Plan(tokens_per_image, world, tuple(stages), cut)
 
 
 def check_fit(config: AlignConfig) -> None:
@@ -211,23 +227,30 @@ def check_fit(config: AlignConfig) -> None:
         ConfigError: a projector that the tower's grid and widths do not fit, a picture that takes more tokens
             than a stage or the language model has room for, or a part whose config cannot be had.
     """
-    model, tokens_per_image = _vision_language_model(config.model)
+    model, tokens_per_image, tiles = _vision_language_model(config.model)
     for stage in config.stages:
-        _check_lengths(stage, tokens_per_image, model["llm"])
+        _check_lengths(stage, tokens_per_image, tiles, model["llm"])
 
 
-def tokens_per_image(config: VlmConfig) -> int:
-    """Tokens that one picture takes, told without a weight; raises as `check_fit`."""
-    return _vision_language_model(config)[1]
+def picture_tokens(config: VlmConfig) -> tuple[int, TileFormat | None]:
+    """Tokens that one picture takes at most, and how it is cut, where it is; told without a weight.
+
+    Raises:
+        ConfigError: as `check_fit`.
+    """
+    return _vision_language_model(config)[1:]
 
 
-def _check_lengths(stage: Stage, tokens_per_image: int, llm: Any) -> None:
+def _check_lengths(stage: Stage, tokens_per_image: int, tiles: TileFormat | None, llm: Any) -> None:
+    """In tiles, pictures are refused one by one that take too many; here, where one tile alone does."""
     context = getattr(llm.config, "max_position_embeddings", None)
     if context is not None and stage.max_length > context:
         raise ConfigError(
             f"stage {stage.name!r}: max_length {stage.max_length} is more than the {context} positions "
             "of the language model"
         )
+    if tiles is not None:
+        tokens_per_image = min(tokens_per_image, tiles.grid[0] * tiles.grid[1])
     if tokens_per_image >= stage.max_length:
         raise ConfigError(
             f"stage {stage.name!r}: one picture takes {tokens_per_image} tokens, max_length is "
@@ -289,8 +312,10 @@ def memory_of(parameters: int, learning: int, *, zero_stage: int, world: int, pr
     )
 
 
-def _vision_language_model(config: VlmConfig, way_out: str = "") -> tuple[nn.ModuleDict, int]:
-    """The parts under the names that rules match, and the tokens of a picture."""
+def _vision_language_model(
+    config: VlmConfig, way_out: str = ""
+) -> tuple[nn.ModuleDict, int, TileFormat | None]:
+    """The parts under the names that rules match, the tokens of a picture at most, and how it is cut."""
     tower = describe_tower(config.tower)
     with torch.device("meta"):
         llm = _language_model(config, way_out)
@@ -298,7 +323,12 @@ def _vision_language_model(config: VlmConfig, way_out: str = "") -> tuple[nn.Mod
             with_vocabulary(config.projector, llm), tower.hidden_size, embedding_width(llm), token_grid(tower)
         )
     parts = nn.ModuleDict({"vision_tower": tower, "projector": projector, "llm": llm})
-    return parts, projector.tokens_out(token_grid(tower))
+    if config.tiling is None:
+        return parts, projector.tokens_out(token_grid(tower)), None
+    tiles = tile_format(config.tiling, tower, projector.config, token_grid(tower))
+    with torch.device("meta"):
+        parts["tiles"] = TileMerger(tiles, embedding_width(llm))
+    return parts, tiles.most_tokens, tiles
 
 
 def _language_model(config: VlmConfig, way_out: str) -> nn.Module:
@@ -375,12 +405,12 @@ def _activations(model: nn.ModuleDict, stage: Stage, world: int) -> int:
     return kept + logit_bytes(decoder, min(tokens, CHUNK), size=size)
 
 
-def _arithmetic(model: nn.ModuleDict, stage: Stage, length: int) -> Arithmetic:
-    """Operations of a step whose conversations are of one length, with a picture each."""
+def _arithmetic(model: nn.ModuleDict, stage: Stage, length: int, tiles: int) -> Arithmetic:
+    """Operations of a step whose conversations are of one length, with a picture of so many tiles each."""
     learning = trainable_summary(model)
     tower: Any = model["vision_tower"]
     rows, decoder = stage.batch_size, _decoder(model["llm"])
-    patches = rows * (tower.num_patches + tower.backbone.info.prefix_tokens)
+    patches = rows * tiles * (tower.num_patches + tower.backbone.info.prefix_tokens)
     llm: Any = model["llm"]
     embeddings = llm.get_input_embeddings().weight
     looked_up = 0 if llm.get_output_embeddings().weight is embeddings else int(embeddings.numel())

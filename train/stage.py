@@ -48,7 +48,7 @@ from vlm_vision.train.patch_cache import kept_features
 from vlm_vision.train.quantise import check_adapters_alone
 from vlm_vision.train.run import Run, check_finite, plain_attention
 from vlm_vision.train.termination import TERMINATED, Terminated, outlive_sigterm
-from vlm_vision.train.vlm import PARTS, VisionLanguageModel, embedding_width
+from vlm_vision.train.vlm import VisionLanguageModel, embedding_width
 
 
 def run_stage(
@@ -82,13 +82,18 @@ def run_stage(
 
     _set_learning(model, stage)
     if stage.sources[0].feature_cache is not None:
+        if model.tiles is not None:
+            raise ConfigError(
+                f"stage {stage.name!r}: feature_cache keeps one tile of a picture, and this model cuts them "
+                "into several; leave feature_cache out, or model.tiling"
+            )
         data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
         for part, (count, everything) in summary.items():
             print(f"  {part}: {count:,} of {everything:,} parameters learn")
-    parts = [part for part in PARTS if any(p.requires_grad for p in model.part(part).parameters())]
+    parts = [part for part in model.parts if any(p.requires_grad for p in model.part(part).parameters())]
     groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
     schedule = warmup_schedule(optimizer, stage.schedule, total, stage.warm_steps(total), stage.lr_floor)
@@ -208,6 +213,7 @@ def _optimizer_step(
             label_count=label_count,
             patches=None if piece.patches is None else piece.patches.to(engine.device),
             text=None if piece.text is None else {k: v.to(engine.device) for k, v in piece.text.items()},
+            image_sizes=piece.image_sizes,
         )
         engine.backward(output.loss)
         total += output.loss.detach() / len(pieces)
@@ -255,6 +261,7 @@ def _dataset(
         max_length=stage.max_length,
         too_long=stage.sources[0].too_long,
         instructions=model.instructions,
+        tiles=None if model.tiles is None else model.tiles.form,
     )
 
 

@@ -34,8 +34,11 @@ from vlm_vision.adapters.build import load_projector, save_projector
 from vlm_vision.adapters.config import Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.adapters.qformer_config import QFormerTextConfig
+from vlm_vision.config import validate
 from vlm_vision.errors import ConfigError, DataError, WeightsError
 from vlm_vision.files import whole_folder
+from vlm_vision.preprocess import Picture
+from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.tower import VisionTower, resolve_folder
 from vlm_vision.train.conversations import (
     IGNORE_INDEX,
@@ -48,12 +51,14 @@ from vlm_vision.train.conversations import (
 )
 from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
 from vlm_vision.train.packing import attention_inputs
+from vlm_vision.train.tiles import TileMerger, load_newline, save_newline, set_newline, tile_format
 from vlm_vision.train.vlm_folder import FOREIGN, MODEL_TYPE
 from vlm_vision.train.vlm_import import check_loaded, read_parts
 from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfig
 
-Part = Literal["tower", "projector", "llm"]
+Part = Literal["tower", "projector", "llm", "tiles"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
+"""What every model has; `tiles` as well where the ends of rows of a picture in tiles are learnt."""
 # What auto classes of transformers hand to `from_pretrained`, whoever asks.
 PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
 
@@ -79,15 +84,21 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     Attributes:
         vision_tower, projector, llm: the three parts; parameter names begin with these.
+        tiles: what lays tiles of a picture together, with the learnt `tiles.image_newline`; None where a
+            picture is one tile.
         tokenizer: the language model's, with the chat template that conversations are written by.
         instructions: what a projector that reads text is given; None for others. Its tokenizer is
             `text_tokenizer`, or the one that the projector's config names, or the language model's.
         loss_kernel: how the loss is computed, as of `train.label_loss`.
 
+    Args:
+        tiling: how pictures become tiles, as LLaVA's `anyres`; None takes each as one. In tiles, pictures go
+            with their `image_sizes`, as `prepare_pictures` and our processor give them.
+
     Raises:
         ConfigError: widths that do not fit, a tokenizer without chat template, one with more tokens than a
-            projector that reads text knows, or a tower whose pictures, and so their tokens, are of no one
-            size.
+            projector that reads text knows, a tower whose pictures, and so their tokens, are of no one size,
+            or tiling that tower or projector cannot serve.
     """
 
     llm: Any
@@ -109,6 +120,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         llm: nn.Module,
         tokenizer: Any,
         text_tokenizer: Any = None,
+        tiling: TilingConfig | None = None,
     ) -> None:
         super().__init__(VisionLanguageConfig(parts=list(PARTS), text_config=llm.config))
         vision_tower.image_processor.check_one_size("a vision-language model")
@@ -120,7 +132,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 f"projector maps {projector.in_features} to {projector.out_features} channels, but the tower "
                 f"gives {vision_tower.hidden_size} and the language model takes {width}"
             )
-        self.chat = ChatFormat(tokenizer, self.tokens_per_image)
+        self.tiles: TileMerger | None = None
+        if tiling is not None:
+            form = tile_format(tiling, vision_tower, projector.config, token_grid(vision_tower))
+            self.tiles = TileMerger(form, width).to(next(iter(projector.parameters()), llm_weight(llm)).dtype)
+            self.config.tiling = tiling.model_dump(mode="json")
+        self.config.parts = list(self.parts)
+        self.chat = ChatFormat(tokenizer, None if self.tiles else self.tokens_per_image)
         self.instructions = _instructions(projector, text_tokenizer, tokenizer)
         self.config.image_token_id = self.chat.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.generation_config = llm.generation_config
@@ -135,8 +153,33 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens that one picture takes in the language model."""
+        """Tokens that one picture takes in the language model; the most of them where it is in tiles."""
+        if self.tiles is not None:
+            return self.tiles.form.most_tokens
         return self.projector.tokens_out(token_grid(self.vision_tower))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts with weights of their own, each a folder when saved."""
+        has_newline = self.tiles is not None and self.tiles.image_newline is not None
+        return (*PARTS, "tiles") if has_newline else PARTS
+
+    def prepare_pictures(
+        self, pictures: Sequence[Picture]
+    ) -> tuple[Float[Tensor, "p 3 h w"] | None, Int[Tensor, "p 2"] | None]:
+        """Pixels of pictures and, where the model takes them in tiles, their `image_sizes`.
+
+        Returns:
+            None for both where there is no picture; pixels of all tiles in order where there are tiles.
+
+        Raises:
+            DataError: a picture that cannot be read, or is too thin for every size that `tiling` offers.
+        """
+        if not pictures:
+            return None, None
+        if self.tiles is not None:
+            return self.tiles.form(pictures)
+        return self.vision_tower.image_processor(pictures), None
 
     def use_loss_kernel(self, kernel: LossKernel) -> None:
         """Choose how the loss is computed.
@@ -149,12 +192,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def part(self, name: Part) -> nn.Module:
         """A part by the name of its folder."""
-        parts: dict[Part, nn.Module] = {
+        parts: dict[Part, Any] = {
             "tower": self.vision_tower,
             "projector": self.projector,
             "llm": self.llm,
+            "tiles": self.tiles,
         }
-        return parts[name]
+        part: nn.Module = parts[name]
+        return part
 
     def forward(
         self,
@@ -167,12 +212,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         text: Mapping[str, Tensor] | None = None,
         pixel_values: Float[Tensor, "p 3 h w"] | None = None,
         position_ids: Int[Tensor, "b t"] | None = None,
+        image_sizes: Int[Tensor, "p 2"] | None = None,
     ) -> VlmOutput:
         """Next-token logits, or with labels their loss.
 
         Args:
             labels: IGNORE_INDEX where nothing is learnt; shifted here, as transformers does.
-            pixels: the pictures of all rows in order.
+            pixels: the pictures of all rows in order, or all their tiles.
             label_count: what the summed loss is divided by; by default the labels here. A batch that is split
                 over ranks and accumulation steps has one mean only with one count for all its pieces.
             patches: what the tower makes of the pictures, where that is kept; then it is not run.
@@ -180,12 +226,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 `asked`.
             pixel_values: what transformers calls `pixels`; one of the two.
             position_ids: of packed rows, whose attention mask counts conversations; see train/packing.py.
+            image_sizes: (height, width) of the pictures, where they are in tiles.
 
         Raises:
-            DataError: image tokens and pictures do not match.
+            DataError: image tokens, pictures and sizes do not match.
         """
         pixels = pixel_values if pixels is None else pixels
-        embeddings = self.embed(input_ids, pixels, patches, text)
+        embeddings = self.embed(input_ids, pixels, patches, text, image_sizes)
         inputs: dict[str, Any] = {"inputs_embeds": embeddings, "attention_mask": attention_mask}
         if position_ids is not None:
             inputs = attention_inputs(self.llm, embeddings, attention_mask, position_ids)
@@ -206,6 +253,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         pixels: Tensor | None,
         patches: Tensor | None = None,
         text: Mapping[str, Tensor] | None = None,
+        image_sizes: Int[Tensor, "p 2"] | None = None,
     ) -> Float[Tensor, "b t l"]:
         """Embeddings of text, with the tokens of pictures spliced in.
 
@@ -216,24 +264,67 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         is_image = (input_ids == IMAGE_TOKEN_ID) | (input_ids == self.config.image_token_id)
         embeddings: Tensor = self.llm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         given = pixels if patches is None else patches
-        slots, pictures = int(is_image.sum()), 0 if given is None else len(given)
-        if slots != pictures * self.tokens_per_image:
-            raise DataError(
-                f"{slots} image tokens in the text, but {pictures} pictures of {self.tokens_per_image} tokens"
-            )
+        pictures = 0 if given is None else len(given)
+        sizes = self._check_pictures(int(is_image.sum()), pictures, image_sizes)
         if pictures:
-            tokens = self.image_tokens(self._patches(pixels) if patches is None else patches, text)
+            tokens = self._picture_tokens(self._patches(pixels) if patches is None else patches, text, sizes)
             return embeddings.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeddings.dtype))
         if not self.training:
             return embeddings
+        settings = self.vision_tower.image_processor.config
         if patches is None:
-            settings = self.vision_tower.image_processor.config
             blank = self._patches(embeddings.new_zeros(1, 3, settings.height, settings.width))
         else:
             blank = patches.new_zeros(1, *patches.shape[1:])
         if self.projector.reads_text:
             text = {"text_ids": input_ids.new_zeros(1, 1)}
-        return embeddings + 0 * self.image_tokens(blank, text).sum().to(embeddings.dtype)
+        tokens = self.image_tokens(blank, text)
+        if self.tiles is not None:
+            size = settings.width, settings.height
+            tokens = self.tiles(tokens.expand(self.tiles.form.num_tiles(size), -1, -1), [size])
+        return embeddings + 0 * tokens.sum().to(embeddings.dtype)
+
+    def _check_pictures(
+        self, slots: int, pictures: int, image_sizes: Tensor | None
+    ) -> list[tuple[int, int]] | None:
+        """(width, height) of each picture in tiles, of which there are `pictures` in all; None without.
+
+        Raises:
+            DataError: image tokens, pictures and sizes do not match.
+        """
+        if self.tiles is None:
+            if slots != pictures * self.tokens_per_image:
+                raise DataError(
+                    f"{slots} image tokens in the text, but {pictures} pictures of {self.tokens_per_image} "
+                    "tokens"
+                )
+            return None
+        if image_sizes is None and pictures:
+            raise DataError(
+                "this model takes pictures in tiles, whose tokens depend on their size: give image_sizes "
+                "too, as `prepare_pictures` and its processor do"
+            )
+        sizes = [] if image_sizes is None else [(width, height) for height, width in image_sizes.tolist()]
+        tiles = sum(map(self.tiles.form.num_tiles, sizes))
+        tokens = sum(map(self.tiles.form.num_tokens, sizes))
+        if tiles != pictures or tokens != slots:
+            raise DataError(
+                f"{slots} image tokens in the text and {pictures} tiles, but pictures of image_sizes "
+                f"{[f'{width}x{height}' for width, height in sizes]} have {tokens} tokens in {tiles} tiles"
+            )
+        return sizes
+
+    def _picture_tokens(
+        self, patches: Tensor, text: Mapping[str, Tensor] | None, sizes: list[tuple[int, int]] | None
+    ) -> Float[Tensor, ...]:
+        """The tokens of all pictures in order."""
+        if self.tiles is None or sizes is None:
+            return self.image_tokens(patches, text)
+        if text is not None:
+            counts = torch.tensor([self.tiles.form.num_tiles(size) for size in sizes])
+            text = {name: rows.repeat_interleave(counts.to(rows.device), 0) for name, rows in text.items()}
+        tokens: Tensor = self.tiles(self.image_tokens(patches, text), sizes)
+        return tokens
 
     def _patches(self, pixels: Any) -> Float[Tensor, "p n d"]:
         """What the tower gives; one in which nothing learns builds no graph."""
@@ -273,6 +364,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         attention_mask: Int[Tensor, "b t"] | None = None,
         pixel_values: Float[Tensor, "p 3 h w"] | None = None,
         text: Mapping[str, Tensor] | None = None,
+        image_sizes: Int[Tensor, "p 2"] | None = None,
         **options: Any,
     ) -> Any:
         """Tokens of prompts and what follows, as transformers' `generate` gives them: one batch, cached.
@@ -282,8 +374,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         Args:
             input_ids: prompts padded on the left, as our processor makes them.
-            pixel_values: the pictures of all prompts in order.
-            text: as of `forward`.
+            pixel_values: the pictures of all prompts in order, or all their tiles.
+            text, image_sizes: as of `forward`.
             options: of transformers' `generate`: `max_new_tokens`, `do_sample`, `num_beams`, `streamer`,
                 `return_dict_in_generate`; without a `generation_config` the model's own, ending where
                 answers of its chat template end.
@@ -303,7 +395,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             own = {} if "generation_config" in options else ends
             settings = {"generation_config": self.generation_config, **own, "use_cache": True, **options}
             output = self.llm.generate(
-                inputs_embeds=self.embed(input_ids, given, text=text), attention_mask=mask, **settings
+                inputs_embeds=self.embed(input_ids, given, text=text, image_sizes=image_sizes),
+                attention_mask=mask,
+                **settings,
             )
         finally:
             self.train(was_training)
@@ -320,12 +414,14 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         pixels: Float[Tensor, "p 3 h w"] | None,
         prompts: Sequence[str | Sequence[Turn]],
         max_new_tokens: int = 64,
+        *,
+        image_sizes: Int[Tensor, "p 2"] | None = None,
         **options: Any,
     ) -> list[str]:
         """Answer every prompt, in one batch with a key-value cache; greedy unless `options` say otherwise.
 
         Args:
-            pixels: the pictures of all prompts in order.
+            pixels, image_sizes: the pictures of all prompts in order, as `prepare_pictures` gives them.
             prompts: a conversation up to a question, or a question as text. With as many pictures as prompts,
                 text without `<image>` is asked about its picture.
             options: for transformers' `generate`, such as `do_sample=True, temperature=0.7`.
@@ -335,9 +431,10 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         if not prompts:
             return []
-        paired = pixels is not None and len(pixels) == len(prompts)
+        pictures = pixels if image_sizes is None else image_sizes
+        paired = pictures is not None and len(pictures) == len(prompts)
         talks = [_as_turns(prompt, paired) for prompt in prompts]
-        rows = [self.chat.prompt(talk) for talk in talks]
+        rows = self._prompts(talks, image_sizes)
         longest = max(map(len, rows))
         pad = self.chat.pad_id
         device = next(self.llm.parameters()).device
@@ -348,6 +445,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             mask,
             pixels,
             self.asked(talks),
+            image_sizes,
             max_new_tokens=max_new_tokens,
             **{"do_sample": False, **options},
         )
@@ -359,6 +457,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         pixels: Float[Tensor, "p 3 h w"] | None,
         prompt: str | Sequence[Turn],
         max_new_tokens: int = 64,
+        *,
+        image_sizes: Int[Tensor, "p 2"] | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Pieces of one answer as they come, word by word; together they are what `answer` gives.
@@ -370,7 +470,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         def run() -> None:
             try:
-                self.answer(pixels, [prompt], max_new_tokens, streamer=streamer, **options)
+                self.answer(
+                    pixels, [prompt], max_new_tokens, image_sizes=image_sizes, streamer=streamer, **options
+                )
             except Exception as error:  # raised where the pieces are read
                 failed.append(error)
                 streamer.end()
@@ -388,6 +490,20 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if failed:
             raise failed[0]
 
+    def _prompts(self, talks: Sequence[Sequence[Turn]], image_sizes: Tensor | None) -> list[list[int]]:
+        """Tokens of each conversation; of pictures in tiles, as many as their sizes say."""
+        if self.tiles is None:
+            return [self.chat.prompt(talk) for talk in talks]
+        sizes = [] if image_sizes is None else image_sizes.tolist()
+        marks = [sum(turn.text.count(IMAGE_TOKEN) for turn in talk) for talk in talks]
+        if sum(marks) != len(sizes):
+            raise DataError(f"{sum(marks)} {IMAGE_TOKEN} in the prompts, but {len(sizes)} image_sizes")
+        counts = iter([self.tiles.form.num_tokens((width, height)) for height, width in sizes])
+        return [
+            self.chat.prompt(talk, [next(counts) for _ in range(count)])
+            for talk, count in zip(talks, marks, strict=True)
+        ]
+
     def asked(self, talks: Sequence[Sequence[Turn]]) -> dict[str, Tensor] | None:
         """The `text` of the pictures of some conversations; None where the projector reads none."""
         rows = [
@@ -404,21 +520,25 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self,
         folder: str | Path,
         *,
-        parts: Collection[Part] = PARTS,
+        parts: Collection[Part] | None = None,
     ) -> None:
         """Write `config.json` and a folder for each part, complete or not at all.
 
         Args:
-            parts: which parts; a folder of some of them is what a training stage leaves for the next.
+            parts: which parts, by default all; a folder of some of them is what a training stage leaves for
+                the next.
 
         Raises:
             WeightsError: a tensor is empty, or one did not reach the file.
         """
-        config = {
+        parts = self.parts if parts is None else parts
+        config: dict[str, Any] = {
             "model_type": MODEL_TYPE,
             "architectures": [type(self).__name__],
-            "parts": [part for part in PARTS if part in parts],
+            "parts": [part for part in self.parts if part in parts],
         }
+        if self.tiles is not None:
+            config["tiling"] = self.tiles.form.config.model_dump(mode="json")
         with whole_folder(folder) as partial:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if "tower" in parts:
@@ -431,6 +551,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 self.llm.save_pretrained(partial / "llm")
                 _check_saved(self.llm, partial / "llm")
                 self.tokenizer.save_pretrained(partial / "llm")
+            if "tiles" in parts and self.tiles is not None:
+                save_newline(self.tiles, partial / "tiles")
 
     @classmethod
     def from_pretrained(
@@ -438,8 +560,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     ) -> VisionLanguageModel:
         """Load a folder or hub id, in eval mode.
 
-        It is one that `save_pretrained` wrote, a `LlavaForConditionalGeneration` of transformers (llava-hf),
-        or a model of LLaVA's own code.
+        It is one that `save_pretrained` wrote, a `LlavaForConditionalGeneration` or
+        `LlavaNextForConditionalGeneration` of transformers (llava-hf), or a model of LLaVA's own code.
 
         Args:
             dtype: of all parts, or its name; by default, and with `auto`, each as it was saved.
@@ -461,8 +583,13 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if config.get("model_type") in FOREIGN:
             parts = read_parts(folder, dtype)
             _make_saveable(parts.llm)
-            model: VisionLanguageModel = cls(*parts)
+            model: VisionLanguageModel = cls(*parts[:4], tiling=parts.tiling)
+            if model.tiles is not None:
+                set_newline(model.tiles, parts.image_newline, folder)
             return model.train(False)
+        tiling = config.get("tiling")
+        if tiling is not None:
+            tiling = validate(TilingConfig, tiling, str(folder / "config.json"))
         _check_model_folder(folder, config)
         tower = VisionTower.from_pretrained(folder / "tower")
         model = cls(
@@ -471,7 +598,10 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             load_llm(folder / "llm", dtype=dtype),
             load_tokenizer(folder / "llm"),
             load_text_tokenizer(folder / "projector"),
+            tiling,
         )
+        if model.tiles is not None and "tiles" in model.parts:
+            load_newline(model.tiles, folder / "tiles", dtype)
         return model.train(False)
 
 
@@ -501,6 +631,11 @@ def embedding_width(llm: nn.Module) -> int:
     """Channels of a token in a language model; known under ZeRO-3 as well."""
     embeddings: Any = llm.get_input_embeddings()  # type: ignore[operator]
     return int(embeddings.embedding_dim)
+
+
+def llm_weight(llm: nn.Module) -> Tensor:
+    """One of a language model's weights, to tell its dtype by."""
+    return next(parameter for parameter in llm.parameters() if parameter.is_floating_point())
 
 
 def load_llm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from vlm_vision.errors import ConfigError
 from vlm_vision.export import export_clip, vision_part
 from vlm_vision.files import whole_folder
 from vlm_vision.integrations.transformers import llava_fields
-from vlm_vision.preprocessor_file import is_in_transformers
+from vlm_vision.preprocessor_file import PREPROCESSOR_FILE, is_in_transformers
 from vlm_vision.train.chat_parts import taking_parts
 from vlm_vision.train.conversations import IMAGE_TOKEN
 from vlm_vision.train.label_loss import changes_logits
 from vlm_vision.train.model_card import write_card
+from vlm_vision.train.tiles import NEWLINE, TileFormat
 from vlm_vision.train.vlm import VisionLanguageModel
+from vlm_vision.train.vlm_folder import LLAVA_HF, LLAVA_NEXT_HF
 from vlm_vision.weights import check_whole
 
 OWN = (
@@ -47,6 +50,8 @@ def export_llava_for_transformers(
     model: VisionLanguageModel, folder: str | Path, *, source: str | Path | None = None
 ) -> None:
     """Write a `LlavaForConditionalGeneration` folder with processor, chat template and model card.
+
+    Of a model with tiles it is a `LlavaNextForConditionalGeneration`, with `image_newline`.
 
     The layout is the classic one of llava-hf, which every version of transformers and vLLM read:
     `language_model.*`, `vision_tower.vision_model.*` with all layers (freed ones as zeros, which change
@@ -71,9 +76,11 @@ def export_llava_for_transformers(
     _check_head(llm)
     try:
         fields = llava_fields(model.vision_tower)
+        tiled = {} if model.tiles is None else _llava_next_fields(model.tiles.form)
         vision_config, vision, _ = vision_part(model.vision_tower)
         check_whole(vision, f"{folder} is not written")
-        connector = to_transformers(model.projector, "llava")
+        newline = None if model.tiles is None else model.tiles.image_newline
+        connector = to_transformers(model.projector, "llava_next" if tiled else "llava", newline)
     except ConfigError as error:
         raise ConfigError(f"a Llava of transformers has no slot for this model: {error}. {OWN}") from error
     _check_pixels(model)
@@ -88,21 +95,22 @@ def export_llava_for_transformers(
     state |= {f"vision_tower.{name}": tensor for name, tensor in vision.items()}
     state |= connector
     config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{'LlavaNext' if tiled else 'Llava'}ForConditionalGeneration"],
+        "model_type": LLAVA_NEXT_HF if tiled else LLAVA_HF,
         "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "pad_token_id": tokenizer.pad_token_id,
         "multimodal_projector_bias": True,
         "projector_hidden_act": model.projector.config.activation,  # type: ignore[attr-defined]
         "tie_word_embeddings": bool(llm.config.tie_word_embeddings),
         **fields,
+        **tiled,
         "vision_config": vision_config,
         "text_config": {**_plain(llm.config), "vocab_size": rows},
         "torch_dtype": _dtype(llm),
     }
     has_class_token = vision_config["model_type"] == "clip_vision_model"
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if tiled else "LlavaProcessor",
         "image_token": IMAGE_TOKEN,
         "patch_size": vision_config["patch_size"],
         "num_additional_image_tokens": int(has_class_token),
@@ -113,6 +121,8 @@ def export_llava_for_transformers(
         _write_json(partial / "processor_config.json", processor)
         tokenizer.save_pretrained(partial)
         model.vision_tower.image_processor.save_pretrained(partial)
+        if tiled:
+            _cut_into_tiles(partial / PREPROCESSOR_FILE, tiled)
         _generation(model, tokenizer.pad_token_id).save_pretrained(partial)
         save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
         write_card(model, partial, "transformers", source)
@@ -151,6 +161,12 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
             raise ConfigError(f"LLaVA has no slot for this model: {error}. Or {OWN}") from error
         projector = torch.load(partial / FILE, weights_only=True)
         state = _language_state(llm, 0)[0] | projector
+        tiled: dict[str, Any] = {}
+        if model.tiles is not None:
+            height, width = model.tiles.form.tile_size
+            tiled = model.tiles.form.config.to_llava(width, height)
+            if model.tiles.image_newline is not None:
+                state[f"model.{NEWLINE}"] = model.tiles.image_newline.detach()
         config = {
             **_plain(llm.config),
             "architectures": [architecture],
@@ -160,11 +176,12 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
             "mm_vision_select_layer": written.select_layers[0],
             "mm_vision_select_feature": select,
             "mm_patch_merge_type": "flat",
+            "image_aspect_ratio": None,
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
-            "image_aspect_ratio": None,
             "use_mm_proj": True,
             "tokenizer_padding_side": "right",
+            **tiled,
             **fields,
         }
         _write_json(partial / "config.json", config)
@@ -173,6 +190,30 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
         _generation(model, model.chat.pad_id).save_pretrained(partial)
         save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
         write_card(model, partial, "llava", source)
+
+
+def _llava_next_fields(form: TileFormat) -> dict[str, Any]:
+    """Settings of `LlavaNextConfig` that cut pictures as a model does.
+
+    Raises:
+        ConfigError: a way of cutting or merging that LlavaNext does not have.
+    """
+    height, width = form.tile_size
+    config, patches = form.config, form.grid
+    if config.mode != "anyres" or config.merge != "spatial_unpad" or not config.base or config.max_tiles:
+        raise ConfigError(
+            "LlavaNext has the tiling of mode 'anyres', merge 'spatial_unpad', with base and without "
+            f"max_tiles alone, not {config!r}"
+        )
+    if height != width or patches[0] != patches[1]:
+        raise ConfigError(f"LlavaNext has square tiles alone, not {height}x{width} pixels")
+    return {"image_grid_pinpoints": [[rows, columns] for columns, rows in config.resolutions(width, height)]}
+
+
+def _cut_into_tiles(path: Path, tiled: Mapping[str, Any]) -> None:
+    """Make a `preprocessor_config.json` that of LlavaNext's image processor."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    _write_json(path, {**content, "image_processor_type": "LlavaNextImageProcessor", "do_pad": True, **tiled})
 
 
 def _check_head(llm: Any) -> None:
@@ -225,6 +266,15 @@ def _generation(model: VisionLanguageModel, pad_id: int) -> GenerationConfig:
 
 def _check_pixels(model: VisionLanguageModel) -> None:
     settings = model.vision_tower.image_processor.config
+    if model.tiles is not None and not (
+        settings.resize in ("shortest", "squash")
+        and settings.resize_in == "bytes"
+        and settings.interpolation == "bicubic"
+    ):
+        raise ConfigError(
+            f"LlavaNext's image processor makes no such pixels of tiles, {settings!r}: take 'shortest' or "
+            f"'squash', bicubic, on bytes; or {OWN}"
+        )
     if not is_in_transformers(settings):
         raise ConfigError(
             f"no image processor of transformers makes these pixels, {settings!r}: take 'shortest', 'squash' "

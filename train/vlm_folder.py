@@ -7,6 +7,7 @@ from pathlib import Path
 
 MODEL_TYPE = "vlm_vision_language_model"
 LLAVA_HF = "llava"
+LLAVA_NEXT_HF = "llava_next"
 LLAVA = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
@@ -14,7 +15,7 @@ LLAVA = {
     "llava_qwen": "qwen2",
 }
 """`model_type` of LLaVA's own models, and of the language model within."""
-FOREIGN = (LLAVA_HF, *LLAVA)
+FOREIGN = (LLAVA_HF, LLAVA_NEXT_HF, *LLAVA)
 
 
 def is_vlm_folder(source: str | Path) -> bool:

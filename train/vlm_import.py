@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,29 +15,38 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 
 from vlm_vision.adapters.llava_files import from_llava
 from vlm_vision.adapters.projector import Projector
-from vlm_vision.adapters.transformers_files import from_transformers
+from vlm_vision.adapters.transformers_files import NEWLINE, from_transformers
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.export import library_names
 from vlm_vision.layouts import with_vision_level
 from vlm_vision.preprocessor_file import PREPROCESSOR_FILE, PROCESSOR_FILE, read_preprocess
+from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.tower import VisionTower, load_tower, tower_config
 from vlm_vision.train.chat_format import read_template
 from vlm_vision.train.chat_parts import taking_text
-from vlm_vision.train.vlm_folder import LLAVA, LLAVA_HF
+from vlm_vision.train.vlm_folder import LLAVA, LLAVA_NEXT_HF
 from vlm_vision.weights import find_weights_file, load_strict, read_state_dict, without_init
 
 # The prompts that LLaVA's code writes for a model of this kind, whose files say nothing of it.
 _TEMPLATES = {"llava_llama": "v1"}
 _TOWER_IN_LLAVA = "model.vision_tower.vision_tower."
+_NO_LANGUAGE = (
+    "model.mm_projector.",
+    "model.vision_tower.",
+    "model.vision_resampler.",
+    f"model.{NEWLINE}",
+)
 
 
 class Parts(NamedTuple):
-    """What a vision-language model is made of."""
+    """What a vision-language model is made of; `image_newline` [L] where its `tiling` ends rows with it."""
 
     tower: VisionTower
     projector: Projector
     llm: nn.Module
     tokenizer: Any
+    tiling: TilingConfig | None = None
+    image_newline: Tensor | None = None
 
 
 def read_parts(folder: Path, dtype: torch.dtype | None = None) -> Parts:
@@ -46,19 +56,23 @@ def read_parts(folder: Path, dtype: torch.dtype | None = None) -> Parts:
         dtype: of all parts; by default each as it is in the files.
 
     Raises:
-        ConfigError: settings that no model here has, such as tiles.
+        ConfigError: settings that no model here has.
         WeightsError: tensors that are missing, unexpected or misshapen.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parts = (
-        _read_llava_hf(folder, config) if config["model_type"] == LLAVA_HF else _read_llava(folder, config)
-    )
+    parts = _read_llava(folder, config) if config["model_type"] in LLAVA else _read_llava_hf(folder)
     if dtype is None:
         return parts
-    return Parts(parts.tower.to(dtype), parts.projector.to(dtype), parts.llm.to(dtype), parts.tokenizer)
+    newline = None if parts.image_newline is None else parts.image_newline.to(dtype)
+    return parts._replace(
+        tower=parts.tower.to(dtype),
+        projector=parts.projector.to(dtype),
+        llm=parts.llm.to(dtype),
+        image_newline=newline,
+    )
 
 
-def _read_llava_hf(folder: Path, content: dict[str, Any]) -> Parts:
+def _read_llava_hf(folder: Path) -> Parts:
     config: Any = AutoConfig.from_pretrained(folder)
     state = _classic(read_state_dict(find_weights_file(folder)))
     vision = config.vision_config.to_dict()
@@ -87,34 +101,55 @@ def _read_llava_hf(folder: Path, content: dict[str, Any]) -> Parts:
     llm = _language_model(config.text_config, _part(state, "language_model."), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = taking_text(tokenizer)
-    return Parts(tower, _like(from_transformers(folder), state), llm, tokenizer)
+    tiling = None
+    if config.model_type == LLAVA_NEXT_HF:  # its code has no other merge
+        sizes = tuple((width, height) for height, width in config.image_grid_pinpoints)
+        tiling = TilingConfig(
+            mode="anyres", grid_pinpoints=sizes, merge="spatial_unpad", margins="transformers"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*{NEWLINE}, which ends a row of tiles")
+        projector = from_transformers(folder)
+    return Parts(tower, _like(projector, state), llm, tokenizer, tiling, state.get(NEWLINE))
 
 
 def _read_llava(folder: Path, content: dict[str, Any]) -> Parts:
-    for name, wrong in (
-        ("mm_use_im_start_end", content.get("mm_use_im_start_end")),
-        ("mm_patch_merge_type", "unpad" in str(content.get("mm_patch_merge_type"))),
-        ("image_aspect_ratio", "anyres" in str(content.get("image_aspect_ratio"))),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"{folder}: {name} is {content[name]!r}: pictures in tiles, or between tokens of their own, "
-                "are not offered in a model; adapters.from_llava gives its projector"
-            )
+    if content.get("mm_use_im_start_end"):
+        raise ConfigError(
+            f"{folder}: mm_use_im_start_end is true: pictures between tokens of their own are not offered in "
+            "a model; adapters.from_llava gives its projector"
+        )
+    tiling = _llava_tiling(folder, content)
     state = read_state_dict(find_weights_file(folder))
     tower = _llava_tower(folder, content, state)
     described = {**content, "model_type": LLAVA[content["model_type"]]}
     fields = {name: value for name, value in described.items() if not name.startswith(("mm_", "image_"))}
-    language = {
-        name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(("model.mm_projector.", "model.vision_tower.", "model.vision_resampler."))
-    }
+    language = {name: tensor for name, tensor in state.items() if not name.startswith(_NO_LANGUAGE)}
     llm = _language_model(AutoConfig.for_model(**fields), language, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None and content["model_type"] in _TEMPLATES:
         tokenizer.chat_template = read_template(_TEMPLATES[content["model_type"]])
-    return Parts(tower, from_llava(folder, tower.grid).to(_dtype(state)), llm, tokenizer)
+    projector = from_llava(folder, tower.grid).to(_dtype(state))
+    return Parts(tower, projector, llm, tokenizer, tiling, state.get(f"model.{NEWLINE}"))
+
+
+def _llava_tiling(folder: Path, content: Mapping[str, Any]) -> TilingConfig | None:
+    """How LLaVA cuts the pictures of a model; None where each is one tile.
+
+    Raises:
+        ConfigError: settings that LLaVA does not know, or a newline after pictures of one tile, which LLaVA
+            writes or leaves out by how it is handed the pictures.
+    """
+    aspect, merge = content.get("image_aspect_ratio"), content.get("mm_patch_merge_type")
+    if str(aspect).startswith("anyres"):
+        return TilingConfig.from_llava(aspect, content.get("image_grid_pinpoints"), merge)
+    if "unpad" in str(merge):
+        raise ConfigError(
+            f"{folder}: mm_patch_merge_type {merge!r} with image_aspect_ratio {aspect!r}: LLaVA ends a "
+            "picture of one tile with image_newline, or does not, by how it is handed over; write 'flat', or "
+            "an image_aspect_ratio of 'anyres' with image_grid_pinpoints"
+        )
+    return None
 
 
 def _llava_tower(folder: Path, content: Mapping[str, Any], state: Mapping[str, Tensor]) -> VisionTower:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers.processing_utils import ProcessorMixin
 from vlm_vision.adapters.config import BuildArguments
 from vlm_vision.config import validate
 from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.tower import resolve_folder
 from vlm_vision.train.chat_parts import taking_parts
 from vlm_vision.train.conversations import IMAGE_TOKEN
+from vlm_vision.train.tiles import TileFormat
 from vlm_vision.train.vlm_folder import MODEL_TYPE
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -29,7 +32,8 @@ class VisionLanguageConfig(PreTrainedConfig):  # type: ignore[misc]
     """Of a model in a folder, its parts; of one in memory, also what transformers asks a model for.
 
     Attributes:
-        parts: which of tower, projector and llm the folder holds.
+        parts: which of tower, projector, llm and tiles the folder holds.
+        tiling: fields of `TilingConfig` where pictures are cut into tiles, else None.
         text_config: the language model's own config.
         image_token_id: what `<image>` is in `input_ids` that our processor makes.
     """
@@ -37,6 +41,7 @@ class VisionLanguageConfig(PreTrainedConfig):  # type: ignore[misc]
     model_type = MODEL_TYPE
 
     parts: list[str] | None = None
+    tiling: dict[str, Any] | None = None
     text_config: Any = None
     image_token_id: int | None = None
 
@@ -48,7 +53,9 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
     stands for a picture, and is written as often as that takes tokens.
 
     Attributes:
-        tokens_per_image: tokens that one picture takes.
+        tokens_per_image: tokens that one picture takes; where they are cut into tiles, those of a tile.
+        tiling, grid: fields of `TilingConfig` where pictures are cut into tiles, and the rows and columns of
+            a tile's tokens; else None.
         image_token, image_token_id: what `<image>` is.
     """
 
@@ -58,8 +65,14 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
         tokenizer: Any = None,
         tokens_per_image: int = 0,
         chat_template: str | None = None,
+        tiling: dict[str, Any] | None = None,
+        grid: Sequence[int] | None = None,
     ) -> None:
-        self.tokens_per_image = tokens_per_image
+        self.tokens_per_image, self.tiling, self.grid = tokens_per_image, tiling, grid
+        self._tiles: TileFormat | None = None
+        if tiling is not None and grid is not None:
+            config = validate(TilingConfig, tiling, "tiling")
+            self._tiles = TileFormat(config, image_processor.own, (grid[0], grid[1]))
         self.image_token = IMAGE_TOKEN
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -84,18 +97,24 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
 
         path = folder / "projector" / "config.json"
         described = validate(BuildArguments, json.loads(path.read_text(encoding="utf-8")), str(path))
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
         return cls(
             VlmVisionImageProcessor.from_pretrained(folder / "tower"),
             tokenizer,
             described.projector.tokens_out(described.grid),
             taking_parts(tokenizer.chat_template),
+            model.get("tiling"),
+            list(described.projector.grid_out(described.grid)) if "tiling" in model else None,
         )
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
         """`input_ids` and `attention_mask` [B,T], and `pixel_values` [P,3,H,W] of all pictures in order.
+
+        Of a model with tiles, `pixel_values` are all pictures' tiles, and `image_sizes` [P,2] their (height,
+        width).
 
         Rows of generation are padded on the left, unless `padding_side` says otherwise.
 
@@ -113,16 +132,38 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
             if kwargs.pop(name, None) is not None:
                 raise DataError(f"{name}: these models see pictures")
         return_tensors = kwargs.pop("return_tensors", None)
-        expanded = [row.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.tokens_per_image) for row in rows]
+        seen, counts = self._see(pictures, return_tensors)
+        expanded = [_expanded(row, counts) for row in rows]
         options = {"padding_side": "left", "add_special_tokens": False, **kwargs}
         inputs = dict(self.tokenizer(expanded, return_tensors=return_tensors, **options))
-        if pictures:
-            inputs |= dict(self.image_processor(pictures, return_tensors=return_tensors))
-        return BatchFeature(inputs)
+        return BatchFeature({**inputs, **seen})
+
+    def _see(
+        self, pictures: Sequence[Any], return_tensors: str | None
+    ) -> tuple[dict[str, Any], Iterator[int]]:
+        """What pictures give a model, and how many tokens each takes."""
+        if not pictures:
+            return {}, iter(())
+        if self._tiles is None:
+            made = self.image_processor(pictures, return_tensors=return_tensors)
+            return dict(made), repeat(self.tokens_per_image)
+        pixels, sizes = self._tiles(self.image_processor.open_pictures(pictures))
+        counts = [self._tiles.num_tokens((width, height)) for height, width in sizes.tolist()]
+        made = BatchFeature(
+            {"pixel_values": list(pixels.numpy()), "image_sizes": sizes.tolist()}, tensor_type=return_tensors
+        )
+        return dict(made), iter(counts)
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        sizes = [] if self._tiles is None else ["image_sizes"]
+        return ["input_ids", "attention_mask", "pixel_values", *sizes]
+
+
+def _expanded(row: str, counts: Iterator[int]) -> str:
+    """A text in which each mark of a picture is written as often as that takes tokens."""
+    first, *rest = row.split(IMAGE_TOKEN)
+    return first + "".join(IMAGE_TOKEN * next(counts) + piece for piece in rest)
 
 
 AutoConfig.register(MODEL_TYPE, VisionLanguageConfig)

@@ -223,7 +223,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         choices=["clip", "open_clip", "transformers", "llava"],
         required=True,
         help="a CLIPVisionModel; of a dual encoder open_clip's model, or a CLIPModel or SiglipModel; of a "
-        "vision-language model a LlavaForConditionalGeneration, or LLaVA's own files",
+        "vision-language model a LlavaForConditionalGeneration (in tiles, LlavaNext), or LLaVA's own files",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
     export.add_argument(

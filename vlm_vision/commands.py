@@ -297,7 +297,8 @@ def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
     model = VisionLanguageModel.from_pretrained(arguments.source)
     if arguments.to == "transformers":
         export_llava_for_transformers(model, output, source=arguments.source)
-        print(f"{output}: transformers.LlavaForConditionalGeneration.from_pretrained, and AutoProcessor")
+        kind = "Llava" if model.tiles is None else "LlavaNext"
+        print(f"{output}: transformers.{kind}ForConditionalGeneration.from_pretrained, and AutoProcessor")
         return
     export_llava(model, output, source=arguments.source)
     print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, None, 'llava')")
@@ -381,7 +382,7 @@ def _check_conversations(arguments: argparse.Namespace, talks: AlignConfig | Con
     from vlm_vision.train.align_config import AlignConfig
     from vlm_vision.train.chat_format import ChatFormat, read_template
     from vlm_vision.train.conversation_check import check_conversations, write_conversation_findings
-    from vlm_vision.train.plan import tokens_per_image
+    from vlm_vision.train.plan import picture_tokens
     from vlm_vision.train.vlm import load_tokenizer
 
     if arguments.action != "check":
@@ -393,7 +394,7 @@ def _check_conversations(arguments: argparse.Namespace, talks: AlignConfig | Con
         if given:
             option = "--" + next(iter(given)).replace("_", "-")
             raise ConfigError(f"{option}: {arguments.source} says it; change it there")
-        image_tokens = tokens_per_image(talks.model)
+        image_tokens, tiles = picture_tokens(talks.model)
         model = talks.model
         parts = [
             (f"stage {stage.name!r}", stage.data, model.llm, stage.chat_template or model.chat_template,
@@ -403,15 +404,15 @@ def _check_conversations(arguments: argparse.Namespace, talks: AlignConfig | Con
         tokenizer, template = arguments.tokenizer, arguments.chat_template
         if given and (tokenizer is None or arguments.tokens_per_image is None):
             raise ConfigError("to count tokens, give both --tokenizer and --tokens-per-image")
-        image_tokens = arguments.tokens_per_image or 1
+        image_tokens, tiles = arguments.tokens_per_image or 1, None
         parts = [("", talks.data, tokenizer, template, arguments.max_length or 2048, "")]
     found = []
     for title, data, tokenizer, template, max_length, folder in parts:
         chat = None
         if tokenizer is not None:
             text = None if template is None else read_template(template)
-            chat = ChatFormat(load_tokenizer(tokenizer, text), image_tokens)
-        findings = check_conversations(data, chat=chat, max_length=max_length, workers=workers)
+            chat = ChatFormat(load_tokenizer(tokenizer, text), None if tiles else image_tokens)
+        findings = check_conversations(data, chat=chat, max_length=max_length, workers=workers, tiles=tiles)
         if title:
             print(title)
         _tell_findings(findings)
@@ -527,13 +528,13 @@ def _conversation(
     """Answers to questions about a picture, piece by piece, each with what was said before in mind."""
     from vlm_vision.train.conversations import IMAGE_TOKEN, Turn
 
-    pixels = None if image is None else model.vision_tower.image_processor(image)
+    pixels, sizes = model.prepare_pictures([] if image is None else [image])
     turns: list[Turn] = []
     for question in questions:
         mark = "" if turns or image is None else f"{IMAGE_TOKEN}\n"
         turns.append(Turn("user", mark + question))
         said: list[str] = []
-        yield _noting(model.stream(pixels, turns, max_new_tokens), said)
+        yield _noting(model.stream(pixels, turns, max_new_tokens, image_sizes=sizes), said)
         turns.append(Turn("assistant", "".join(said)))
 
 

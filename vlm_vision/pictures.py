@@ -16,6 +16,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from vlm_vision.errors import DataError
@@ -42,6 +43,8 @@ _DECODING_GAP = 2.0
 _JPEG, _SCAN = b"\xff\xd8", 0xFFDA  # how a file starts, and what follows its header
 _FRAMES = {0xFFC0, 0xFFC1, 0xFFC2}  # baseline, extended, progressive
 _PLAIN = {0xFFC4, 0xFFDB, 0xFFDD, 0xFFE0, 0xFFFE}  # tables, JFIF, comments
+_PNG, _CHUNK = b"\x89PNG\r\n\x1a\n", struct.Struct(">I4s").unpack  # its start; length and kind
+_PNG_METADATA, _PNG_END = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}, b"IEND"
 _SEGMENT = struct.Struct(">HH").unpack_from  # marker, length
 _FRAME = struct.Struct(">BHHB").unpack_from  # bits, rows, columns, channels
 _BYTE_OF_DEEP_GREY = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 0..65535 to 0..255, rounded
@@ -64,6 +67,18 @@ def open_image(source: Picture) -> Image.Image:
     """
     with _reading(source) as (image, name):
         return _decode(image, name)
+
+
+def picture_size(source: Picture) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, told by the file's header: no pixel is decoded.
+
+    Raises:
+        DataError: as `open_image`, but for what only decoding shows.
+    """
+    with _reading(source) as (image, _):
+        upright = isinstance(image, PngImageFile) and not _tells_more(image)
+        turned = not upright and _TURNS.get(_orientation(image)) in _QUARTERS
+        return (image.height, image.width) if turned else image.size
 
 
 def open_quickly(
@@ -305,6 +320,21 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return value if isinstance(value, int) else 1
+
+
+def _tells_more(image: PngImageFile) -> bool:
+    """Whether a PNG has metadata, where Pillow looks for an orientation; it decodes all to reach them."""
+    file = image.fp
+    if file is None:
+        return True
+    place = file.tell()
+    file.seek(len(_PNG))
+    kind = b""
+    while kind not in _PNG_METADATA | {_PNG_END} and len(head := file.read(8)) == 8:
+        length, kind = _CHUNK(head)
+        file.seek(length + 4, io.SEEK_CUR)  # and its checksum
+    file.seek(place)
+    return kind in _PNG_METADATA
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

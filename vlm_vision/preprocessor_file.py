@@ -35,6 +35,7 @@ _CROPS = _Defaults(Image.Resampling.BICUBIC, crops=True, int_is_square=False)
 _CLASSES = {
     "CLIPImageProcessor": _CROPS,
     "LlavaImageProcessor": _CROPS,
+    "LlavaNextImageProcessor": _CROPS,
     "BitImageProcessor": _CROPS,  # DINOv2's
     "DeiTImageProcessor": _Defaults(Image.Resampling.BICUBIC, crops=True, int_is_square=True),
     "SiglipImageProcessor": _Defaults(Image.Resampling.BICUBIC, crops=False, int_is_square=False),
@@ -148,7 +149,7 @@ def _from_transformers(content: Any) -> dict[str, Any]:
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if content.get(step) is False:
             raise ValueError(f"{step} is false")
-    if content.get("do_pad"):
+    if content.get("do_pad") and name != "LlavaNextImageProcessor":  # which fills up the number of tiles
         raise ValueError("do_pad is true")
     if not math.isclose(content.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
         raise ValueError(f"rescale_factor is {content['rescale_factor']}, not 1/255")

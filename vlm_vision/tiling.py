@@ -113,7 +113,7 @@ def merge_tiles(
         features[1:], "(tr tc) (h w) d -> d (tr h) (tc w)", tr=tiles[0], tc=tiles[1], h=grid[0], w=grid[1]
     )
     if newline is not None:
-        top, left = _margins(picture.shape[1], picture.shape[2], image_size)
+        top, left = _margins(picture.shape[1], picture.shape[2], image_size, config)
         picture = picture[:, top : picture.shape[1] - top, left : picture.shape[2] - left]
         size = _shrunk(picture.shape[1], picture.shape[2], config, grid)
         if size != tuple(picture.shape[1:]):
@@ -137,17 +137,50 @@ def count_tokens(
 
     Arguments and errors are those of `merge_tiles`.
     """
-    tiles, base = tile_grid(image_size, config, tile_size), grid[0] * grid[1]
+    tiles = tile_grid(image_size, config, tile_size)
     if tiles is None:
-        return base + (config.merge == "spatial_unpad")
+        return grid[0] * grid[1] + (config.merge == "spatial_unpad")
     rows, columns = tiles[0] * grid[0], tiles[1] * grid[1]
     if config.merge == "spatial_unpad":
-        top, left = _margins(rows, columns, image_size)
-        rows, columns = _shrunk(rows - 2 * top, columns - 2 * left, config, grid)
+        top, left = _margins(rows, columns, image_size, config)
+        rows, columns = rows - 2 * top, columns - 2 * left
+    return _count(rows, columns, config, grid)
+
+
+def count_tiles(image_size: tuple[int, int], config: TilingConfig, tile_size: int | tuple[int, int]) -> int:
+    """How many tiles `tile_picture` makes of a picture; arguments and errors are those of `tile_grid`."""
+    tiles = tile_grid(image_size, config, tile_size)
+    return 1 if tiles is None else 1 + tiles[0] * tiles[1]
+
+
+def most_tokens(config: TilingConfig, *, grid: tuple[int, int], tile_size: int | tuple[int, int]) -> int:
+    """The most tokens that `merge_tiles` gives, whatever the picture's size.
+
+    Raises:
+        ConfigError: sizes that tiles do not fill.
+    """
+    if config.mode != "anyres":
+        return count_tokens((1, 1), config, grid=grid, tile_size=tile_size)
+    height, width = (tile_size, tile_size) if isinstance(tile_size, int) else tile_size
+    return max(
+        _count(rows - 2 * top, columns - 2 * left, config, grid)
+        for resolution in config.resolutions(width, height)
+        for rows, columns in [(resolution[1] // height * grid[0], resolution[0] // width * grid[1])]
+        for top, left in [
+            *((top, 0) for top in range((rows + 1) // 2)),
+            *((0, left) for left in range((columns + 1) // 2)),
+        ]
+    )
+
+
+def _count(rows: int, columns: int, config: TilingConfig, grid: tuple[int, int]) -> int:
+    """Tokens of a picture in parts, of which so many rows and columns are left."""
+    if config.merge == "spatial_unpad":
+        rows, columns = _shrunk(rows, columns, config, grid)
         columns += 1
     elif config.merge == "spatial_maxpool2x2":
         rows, columns = rows // 2, columns // 2
-    return rows * columns + (base if config.base else 0)
+    return rows * columns + (grid[0] * grid[1] if config.base else 0)
 
 
 def _best_grid(
@@ -209,15 +242,20 @@ def _parts(image: Image.Image, processor: ImageProcessor, config: TilingConfig) 
     return [canvas.crop((x, y, x + width, y + height)) for x, y in corners]
 
 
-def _margins(rows: int, columns: int, image_size: tuple[int, int]) -> tuple[int, int]:
+def _margins(rows: int, columns: int, image_size: tuple[int, int], config: TilingConfig) -> tuple[int, int]:
     """Rows on top and columns at the left that show padding alone; as many lie opposite.
 
-    `unpad_image` of llava/model/llava_arch.py, which cuts both fractions off, so may keep a row of padding.
+    `unpad_image` of llava/model/llava_arch.py, which cuts both fractions off, so may keep a row of padding;
+    or of transformers' models/llava_next/modeling_llava_next.py.
     """
+
+    def whole(length: float) -> int:
+        return int(length if config.margins == "llava" else round(length, 7))
+
     width, height = image_size
     if width / height > columns / rows:
-        return (rows - int(height * (columns / width))) // 2, 0
-    return 0, (columns - int(width * (rows / height))) // 2
+        return (rows - whole(height * (columns / width))) // 2, 0
+    return 0, (columns - whole(width * (rows / height))) // 2
 
 
 def _shrunk(rows: int, columns: int, config: TilingConfig, grid: tuple[int, int]) -> tuple[int, int]:

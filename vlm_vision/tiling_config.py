@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt, field_validator, model_validator
 
@@ -32,6 +32,9 @@ class TilingConfig(Config):
             leaves out what only shows padding and ends each row with the newline; `spatial_maxpool2x2` takes
             the largest of every 2x2 tokens.
         base: whether the whole picture's tokens come before those of its parts.
+        margins: of `spatial_unpad`, whose arithmetic tells padding: `llava` cuts fractions of a row off,
+            `transformers` rounds to seven digits before. They differ where a float ends just under a whole
+            number: for one of 100,000 random sizes up to 2400 pixels.
     """
 
     mode: Literal["square", "pad", "anyres"] = "square"
@@ -39,6 +42,7 @@ class TilingConfig(Config):
     max_tiles: PositiveInt | None = None
     merge: Literal["flat", "spatial", "spatial_unpad", "spatial_maxpool2x2"] = "flat"
     base: bool = True
+    margins: Literal["llava", "transformers"] = "llava"
 
     @classmethod
     def from_llava(
@@ -69,6 +73,20 @@ class TilingConfig(Config):
             "base": "nobase" not in words,
         }
         return validate(cls, tree, "image_aspect_ratio, image_grid_pinpoints, mm_patch_merge_type")
+
+    def to_llava(self, tile_width: int, tile_height: int) -> dict[str, Any]:
+        """The settings under LLaVA's names, for its `config.json`; a range as the list that LLaVA wants.
+
+        Raises:
+            ConfigError: as `resolutions`.
+        """
+        merge = self.merge if self.base else f"{self.merge}_nobase"
+        fields = {"image_aspect_ratio": self.mode, "mm_patch_merge_type": merge}
+        if self.mode != "anyres":
+            return fields
+        sizes = [list(size) for size in self.resolutions(tile_width, tile_height)]
+        limit = f"_max_{self.max_tiles}" if self.max_tiles else ""
+        return {**fields, "image_aspect_ratio": f"anyres{limit}", "image_grid_pinpoints": sizes}
 
     def resolutions(self, tile_width: int, tile_height: int) -> list[tuple[int, int]]:
         """The grid pinpoints in pixels, as (width, height), in the order in which they are tried.

@@ -36,7 +36,16 @@ ATTENDING: dict[str, dict[str, Any]] = {
 }
 
 
-def config(folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", **stage: Any) -> AlignConfig:
+TILING = {
+    "mode": "anyres",
+    "merge": "spatial_unpad",
+    "grid_pinpoints": [[32, 64], [64, 32]],
+}
+
+
+def config(
+    folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", tiling: Any = None, **stage: Any
+) -> AlignConfig:
     """Every part learns, one conversation at a time, so that ranks accumulate gradients."""
     settings = {
         "name": "all",
@@ -54,7 +63,7 @@ def config(folder: Path, zero_stage: int, projector: Any = "mlp2x_gelu", **stage
     return load_config(
         AlignConfig,
         {
-            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": projector},
+            "model": {"tower": TOWER, "llm": str(folder / "llm"), "projector": projector, "tiling": tiling},
             "stages": [settings],
         },
     )
@@ -67,7 +76,7 @@ def losses(run: Path) -> list[float]:
 def weights(model: Path) -> dict[str, list[Any]]:
     """Per part: number of tensors and elements, and the sum of magnitudes of all of them."""
     found = {}
-    for part in ("tower", "projector", "llm"):
+    for part in json.loads((model / "config.json").read_text(encoding="utf-8"))["parts"]:
         state = load_file(model / part / "model.safetensors")
         magnitude = sum(float(tensor.double().abs().sum()) for tensor in state.values())
         found[part] = [len(state), sum(tensor.numel() for tensor in state.values()), magnitude]
@@ -139,6 +148,9 @@ def run_all(folder: Path, results: Results) -> None:
         for zero_stage in (0, 3) if dist.get_world_size() == 1 else (3,):
             settings = config(folder, zero_stage, projector={"name": name, **options})
             results.run(settings, f"{name}{zero_stage}")
+    for zero_stage in (0, 3) if dist.get_world_size() == 1 else (2, 3):
+        settings = config(folder, zero_stage, tiling=TILING, max_length=128)
+        results.run(settings, f"tiles{zero_stage}")
     files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(results.output / "kept")}
     frozen_tower = [{"match": "projector.*"}, {"match": "llm.*"}]
     results.run(config(folder, 3, data=files, learn=frozen_tower), "kept3")

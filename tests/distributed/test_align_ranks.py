@@ -108,6 +108,19 @@ def test_projectors_that_attend_agree_over_zero_stages_and_ranks(
         assert results[ranks][f"{name}3"]["losses"] == pytest.approx(reference, abs=1e-5)
 
 
+def test_pictures_in_tiles_agree_over_zero_stages_and_ranks(results: dict[int, dict[str, Any]]) -> None:
+    """With text alone on one of two ranks, too; the newline learns and is saved as of one process."""
+    reference = results[1]["tiles0"]
+    assert reference["losses"][-1] < reference["losses"][0]
+    assert reference["weights"]["tiles"][:2] == [1, 32]
+    for ranks, zero_stage in ((1, 3), (2, 2), (2, 3)):
+        found = results[ranks][f"tiles{zero_stage}"]
+        # Worst difference measured: 4.8e-7.
+        assert found["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+        # Worst difference measured: 1.2e-8.
+        assert found["weights"]["tiles"][2] == pytest.approx(reference["weights"]["tiles"][2], rel=1e-6)
+
+
 def test_saved_weights_are_whole_and_agree(results: dict[int, dict[str, Any]]) -> None:
     reference = results[1]["zero0"]["weights"]
     for ranks in (1, 2):

@@ -345,12 +345,12 @@ def test_what_llavas_files_say_beside_the_weights(tmp_path: Path) -> None:
 
     padded = with_fields(image_aspect_ratio="pad").vision_tower.image_processor.config
     assert (padded.resize, padded.fill) == ("longest", (122, 116, 104))
-    for fields in (
-        {"image_aspect_ratio": "anyres"},
-        {"mm_patch_merge_type": "spatial_unpad"},
-        {"mm_use_im_start_end": True},
+    for fields, message in (
+        ({"image_aspect_ratio": "anyres"}, "mode 'anyres' needs grid_pinpoints"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "LLaVA ends a picture of one tile with image_newline, or"),
+        ({"mm_use_im_start_end": True}, r"are not offered in a model; adapters\.from_llava"),
     ):
-        with pytest.raises(ConfigError, match=r"are not offered in a model; adapters\.from_llava"):
+        with pytest.raises(ConfigError, match=message):
             with_fields(**fields)
     settings = json.loads((tmp_path / "llava" / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)

@@ -402,6 +402,9 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
     Its settings are the tower's and cannot be changed by a call. Pictures may be files, Pillow's, or arrays
     and tensors of bytes.
+
+    Attributes:
+        own: the tower's `ImageProcessor`.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - as its base has it
@@ -420,8 +423,8 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             raise ConfigError(
                 "no `vlm_vision` settings: this image processor comes from `from_tower`, or a folder of ours"
             )
-        self._own = ImageProcessor(validate(PreprocessConfig, vlm_vision, "image processor"))
-        config = self._own.config
+        self.own = ImageProcessor(validate(PreprocessConfig, vlm_vision, "image processor"))
+        config = self.own.config
         size = {"height": config.height, "width": config.width}
         self._settings = {
             "vlm_vision": config.model_dump(mode="json"),
@@ -445,10 +448,18 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             DataError: a picture cannot be read, or holds floats.
         """
         self._refuse(kwargs)
-        pixels = self._own([_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))])
+        pixels = self.own(self.open_pictures(images))
         if isinstance(pixels, list) and return_tensors is not None:
-            self._own.check_one_size("return_tensors")
+            self.own.check_one_size("return_tensors")
         return BatchFeature({"pixel_values": list(pixels)}, tensor_type=return_tensors)
+
+    def open_pictures(self, images: Any) -> list[Any]:
+        """One picture or several, in whatever nesting, as a list of what `open_image` takes.
+
+        Raises:
+            DataError: a picture cannot be read, or holds floats.
+        """
+        return [_picture(image) for image in make_flat_list_of_images(self.fetch_images(images))]
 
     def fetch_images(self, images: Any) -> Any:
         """Files are read by this package's rules (orientation, transparency); addresses by transformers'."""
@@ -474,7 +485,7 @@ class VlmVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         for name, value in given.items():
             if value is not None and own.get(name) != value:
                 raise ConfigError(
-                    f"{name}={value!r}: a tower's pixels are made in one way, {self._own.config!r}"
+                    f"{name}={value!r}: a tower's pixels are made in one way, {self.own.config!r}"
                 )
 
 
