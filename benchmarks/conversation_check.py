@@ -4,8 +4,8 @@
 
 Records are made up in the kinds of LLaVA's 665k list: many short questions about one picture, a conversation
 of a few turns, one long answer, text alone. The tokenizer has Llama's or Qwen2's layout and as many pieces,
-trained on texts of the same words. Beside the time on the clock stands that of all cores together, which other
-work on the machine changes less. With `--against FILE` what is found is compared with an earlier run's.
+trained on texts of the same words. Beside the time on the clock stands that of all cores together, which
+other work on the machine changes less. With `--against FILE` what is found is compared with an earlier run's.
 """
 
 from __future__ import annotations
