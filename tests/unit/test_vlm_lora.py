@@ -1,4 +1,4 @@
-"""Adapters on the language model exported apart compute, by transformers and peft alone, what merged ones do."""
+"""Adapters exported apart from the language model compute, by transformers and peft alone, what merged do."""
 
 from __future__ import annotations
 
