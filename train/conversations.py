@@ -485,7 +485,7 @@ class Sample:
         input_ids, labels: [T].
         pixels: [pictures, 3, H, W], or None for text alone.
         patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
-        instruction: [tokens] that the projector reads, if it reads text.
+        instructions: [tokens] that the projector reads with each picture, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
         truncated: whether its text was cut at max_length.
     """
@@ -494,7 +494,7 @@ class Sample:
     labels: Tensor
     pixels: Tensor | None
     patches: Tensor | None = None
-    instruction: Tensor | None = None
+    instructions: tuple[Tensor, ...] = ()
     replaced: tuple[tuple[int, str], ...] = ()
     truncated: bool = False
 
@@ -562,7 +562,7 @@ class ConversationDataset(Dataset[Sample]):
             torch.tensor(encoded.labels),
             self._pixels(record) if self.features is None else None,
             None if self.features is None else self._patches(self.features, record),
-            None if self.instructions is None else self.instructions(record.turns),
+            () if self.instructions is None else tuple(self.instructions(record.turns)),
             replaced,
             encoded.truncated,
         )
@@ -648,12 +648,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) 
     positions = [torch.cat([torch.arange(len(sample.input_ids)) for sample in row]) for row in members]
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
-    instructions = [
-        sample.instruction
-        for sample in samples
-        if sample.instruction is not None
-        for _ in range(sample.num_pictures)
-    ]
+    instructions = [tokens for sample in samples for tokens in sample.instructions]
     return Batch(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
         attention_mask=pad_sequence(numbers, batch_first=True),

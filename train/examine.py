@@ -207,7 +207,7 @@ def _caption_sample(
         torch.tensor(encoded.input_ids),
         torch.tensor(encoded.labels),
         model.vision_tower.image_processor(pictures) if pictures else None,
-        instruction=None if model.instructions is None else model.instructions(turns),
+        instructions=() if model.instructions is None else tuple(model.instructions(turns)),
     )
 
 
