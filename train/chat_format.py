@@ -290,9 +290,9 @@ class ChatFormat:
 class Instructions:
     """What is asked about a picture, as the tokens that an instruction-aware projector reads.
 
-    That is the text of the turn that shows it, as in InstructBLIP, which has one turn. Later questions are none
-    of it, though a conversation goes on: a picture is seen once, and what is asked after an answer must not
-    tell of that answer, whose prompt does not have it either.
+    That is the text of the turn that shows it, as in InstructBLIP, which has one turn. Later questions are no
+    part of it, though a conversation goes on: a picture is seen once, and what is asked after an answer must
+    not tell of that answer, whose prompt does not have it either.
 
     Args:
         tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.

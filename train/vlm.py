@@ -319,7 +319,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _generation(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `generate` as transformers wants them: one config, and what is none of its fields."""
-        config = copy.deepcopy(options.get("generation_config"))
+        config: Any = copy.deepcopy(options.get("generation_config"))
         if config is None:
             config = copy.deepcopy(self.generation_config)
             config.eos_token_id, config.pad_token_id = self.chat.stop_ids, self.chat.pad_id
