@@ -24,7 +24,7 @@ from vlm_vision.train.deepspeed_json import read_deepspeed
 from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
 from vlm_vision.train.plan import check_fit, tokens_per_image
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
-from vlm_vision.train.run import prepare_process
+from vlm_vision.train.run import prepare_process, training_attention
 from vlm_vision.train.stage import run_stage
 from vlm_vision.train.vlm import (
     PARTS,
@@ -41,6 +41,7 @@ from vlm_vision.train.vlm import (
 DONE_FILE = "done.json"
 
 
+@training_attention()
 def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> dict[str, dict[str, float]]:
     """Run the stages one after another; the finished model is `output/model`.
 

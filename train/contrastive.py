@@ -28,12 +28,13 @@ from vlm_vision.train.objective import Objective
 from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.prepared import load_start, prepare_model, with_learnt
-from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics
+from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics, training_attention
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
 
+@training_attention()
 def train_contrastive(
     config: ContrastiveConfig, output: str | Path, *, resume: bool = False
 ) -> dict[str, float]:
