@@ -163,7 +163,8 @@ def training_attention() -> Iterator[None]:
     times as long as plain matrix products (bf16, 17 tokens: 43 ms against 6). What else the process computes,
     before and afterwards, keeps its own kernel.
     """
-    fused = torch.backends.cuda.flash_sdp_enabled()  # the switch of the CPU's fused attention, too
+    # The switch of the CPU's fused attention, too.
+    fused = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
         torch.backends.cuda.enable_flash_sdp(False)
     try:
