@@ -2,11 +2,10 @@
 
     python benchmarks/conversation_check.py --records 20000 --workers 0 2
 
-Records are made up in the kinds of LLaVA's 665k list: many short questions about one picture, a
-conversation of a few turns, one long answer, text alone. The tokenizer has Llama's or Qwen2's layout and as
-many pieces, trained on texts of the same words. Beside the time on the clock stands that of all cores
-together, which other work on the machine changes less. With `--against FILE` what is found is compared with
-an earlier run's.
+Records are made up in the kinds of LLaVA's 665k list: many short questions about one picture, a conversation
+of a few turns, one long answer, text alone. The tokenizer has Llama's or Qwen2's layout and as many pieces,
+trained on texts of the same words. Beside the time on the clock stands that of all cores together, which
+other work on the machine changes less. With `--against FILE` what is found is compared with an earlier run's.
 """
 
 from __future__ import annotations

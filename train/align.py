@@ -21,10 +21,10 @@ from vlm_vision.train.conversation_check import measure_for_training
 from vlm_vision.train.conversations import ChatFormat, open_conversations, read_template
 from vlm_vision.train.deepspeed_engine import current_device, join_ranks
 from vlm_vision.train.deepspeed_json import read_deepspeed
-from vlm_vision.train.llm_adapters import save_llm_lora
+from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
 from vlm_vision.train.plan import check_fit, picture_tokens
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
-from vlm_vision.train.run import prepare_process
+from vlm_vision.train.run import prepare_process, training_attention
 from vlm_vision.train.stage import run_stage
 from vlm_vision.train.tiles import TileFormat, load_newline
 from vlm_vision.train.vlm import (
@@ -38,9 +38,10 @@ from vlm_vision.train.vlm import (
     with_vocabulary,
 )
 
-DONE_FILE, ADAPTERS_FOLDER = "done.json", "adapters"
+DONE_FILE = "done.json"
 
 
+@training_attention()
 def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> dict[str, dict[str, float]]:
     """Run the stages one after another; the finished model is `output/model`.
 
@@ -90,7 +91,8 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
                     source = learnt.get("llm", config.model.llm)
                     model.llm = onto_whole_weights(model.llm.cpu(), source, stage.lora)
                 if stage.keep_adapters:
-                    save_llm_lora(model, folder / ADAPTERS_FOLDER, stage.lora, base=str(config.model.llm))
+                    below = str(learnt.get("llm", config.model.llm))
+                    save_llm_lora(model, folder / ADAPTERS_FOLDER, stage.lora, base=below)
                 if any(rule.learn == "lora" for rule in stage.learn):
                     merge_lora(model)
                 model.save_pretrained(target, parts=model.parts if is_last else record["parts"])

@@ -313,6 +313,10 @@ class ChatFormat:
 class Instructions:
     """What is asked about a picture, as the tokens that an instruction-aware projector reads.
 
+    That is the text of the turn that shows it, as in InstructBLIP, which has one turn. Later questions are no
+    part of it, though a conversation goes on: a picture is seen once, and what is asked after an answer must
+    not tell of that answer, whose prompt does not have it either.
+
     Args:
         tokenizer: any of transformers; special tokens are put around as it does, as InstructBLIP's processor.
         max_length: tokens that are kept.
@@ -321,10 +325,17 @@ class Instructions:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
 
-    def __call__(self, turns: Sequence[Turn]) -> Tensor:
-        """Tokens [T] of the user's turns without the marks of pictures; one at least, whatever it is."""
-        asked = "\n".join(turn.words for turn in turns if turn.role == "user")
-        ids = self.tokenizer(asked, truncation=True, max_length=self.max_length)["input_ids"]
+    def __call__(self, turns: Sequence[Turn]) -> list[Tensor]:
+        """For each picture its tokens [T], without the marks of pictures; one at least, whatever it is."""
+        return [
+            tokens
+            for turn in turns
+            if (pictures := turn.text.count(IMAGE_TOKEN))
+            for tokens in [self._tokens(turn.words)] * pictures
+        ]
+
+    def _tokens(self, words: str) -> Tensor:
+        ids = self.tokenizer(words, truncation=True, max_length=self.max_length)["input_ids"]
         return torch.tensor(ids or [0])
 
 

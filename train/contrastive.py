@@ -25,11 +25,12 @@ from vlm_vision.train.objective import Objective
 from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_loader
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.prepared import load_start, prepare_model, with_learnt
-from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics
+from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics, training_attention
 from vlm_vision.train.termination import TERMINATED, Terminated
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
 
+@training_attention()
 def train_contrastive(
     config: ContrastiveConfig, output: str | Path, *, resume: bool = False
 ) -> dict[str, float]:

@@ -500,7 +500,7 @@ class Sample:
         pixels: [pictures, 3, H, W], of all their tiles where there are tiles; or None for text alone.
         patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
         image_sizes: [pictures, 2], their (height, width) where they are in tiles.
-        instruction: [tokens] that the projector reads, if it reads text.
+        instructions: [tokens] that the projector reads with each picture, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
         truncated: whether its text was cut at max_length.
     """
@@ -509,7 +509,7 @@ class Sample:
     labels: Tensor
     pixels: Tensor | None
     patches: Tensor | None = None
-    instruction: Tensor | None = None
+    instructions: tuple[Tensor, ...] = ()
     replaced: tuple[tuple[int, str], ...] = ()
     truncated: bool = False
     image_sizes: Tensor | None = None
@@ -589,7 +589,7 @@ class ConversationDataset(Dataset[Sample]):
             torch.tensor(encoded.labels),
             pixels,
             None if self.features is None else self._patches(self.features, record),
-            None if self.instructions is None else self.instructions(record.turns),
+            () if self.instructions is None else tuple(self.instructions(record.turns)),
             replaced,
             encoded.truncated,
             sizes,
@@ -703,12 +703,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_to: int | None = None) 
     pictures = [sample.pixels for sample in samples if sample.pixels is not None]
     patches = [sample.patches for sample in samples if sample.patches is not None]
     sizes = [sample.image_sizes for sample in samples if sample.image_sizes is not None]
-    instructions = [
-        sample.instruction
-        for sample in samples
-        if sample.instruction is not None
-        for _ in range(sample.num_pictures)
-    ]
+    instructions = [tokens for sample in samples for tokens in sample.instructions]
     return Batch(
         input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
         attention_mask=pad_sequence(numbers, batch_first=True),

@@ -212,7 +212,7 @@ def _caption_sample(
         torch.tensor(encoded.input_ids),
         torch.tensor(encoded.labels),
         pixels,
-        instruction=None if model.instructions is None else model.instructions(turns),
+        instructions=() if model.instructions is None else tuple(model.instructions(turns)),
         image_sizes=sizes,
     )
 

@@ -19,7 +19,7 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from vlm_vision.errors import DataError
 from vlm_vision.train.language_config import LanguageConfig
 from vlm_vision.train.optim import parameter_groups, warmup_cosine, warmup_steps
-from vlm_vision.train.run import Run, check_finite, plain_attention, prepare_process
+from vlm_vision.train.run import Run, check_finite, plain_attention, prepare_process, training_attention
 
 Chat = list[dict[str, str]]
 """Messages of `role` (user, assistant) and `content`, as transformers' chat templates take them."""
@@ -80,6 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+@training_attention()
 def warm_start_llm(
     chats: Sequence[Chat], texts: Sequence[str], config: LanguageConfig, folder: str | Path
 ) -> dict[str, float]:

@@ -15,6 +15,9 @@ from vlm_vision.files import whole_folder
 from vlm_vision.train.vlm import VisionLanguageModel
 from vlm_vision.weights import check_whole
 
+ADAPTERS_FOLDER = "adapters"
+"""Of a stage."""
+
 
 def save_llm_lora(model: VisionLanguageModel, folder: str | Path, lora: LoraConfig, *, base: str) -> None:
     """Write the language model's adapters, not merged, for `peft.PeftModel.from_pretrained(llm, folder)`.

@@ -45,16 +45,19 @@ def write_card(model: VisionLanguageModel, folder: Path, form: str, source: str 
 
 def run_stages(model_folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Config and figures of every finished stage of the run that left a model, in order; none elsewhere."""
-    finished = sorted(
-        model_folder.absolute().parent.glob("*/done.json"), key=lambda path: path.stat().st_mtime_ns
-    )
     found = []
-    for done in finished:
-        config = done.parent / "config.yaml"
+    for stage in finished_stages(model_folder):
+        config = stage / "config.yaml"
         if config.is_file():
-            record = json.loads(done.read_text(encoding="utf-8"))
+            record = json.loads((stage / "done.json").read_text(encoding="utf-8"))
             found.append((read_yaml(config), record["figures"]))
     return found
+
+
+def finished_stages(model_folder: Path) -> list[Path]:
+    """Folders of the finished stages of the run that left a model, in order; none elsewhere."""
+    done = model_folder.absolute().parent.glob("*/done.json")
+    return [path.parent for path in sorted(done, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:

@@ -52,15 +52,19 @@ def attention_inputs(
 ) -> dict[str, Any]:
     """What keeps the conversations of a row apart, for a model of transformers.
 
-    Eager and SDPA attention take a block-diagonal causal mask. Flash attention takes one row in which
-    transformers finds them by their positions, so there all rows are put behind each other.
+    Eager and SDPA attention take a block-diagonal causal mask, cut to the model's window where it has one; a
+    model in which some layers have a window and some have none takes a mask for each kind. Flash attention
+    takes one row in which transformers finds them by their positions, so there all rows are put behind each
+    other.
 
     Raises:
-        ConfigError: an attention that is none of these.
+        ConfigError: an attention that is none of these, or layers that see neither all nor a window.
     """
     kind = llm.config._attn_implementation
     if kind in ("eager", "sdpa"):
-        mask = block_diagonal(segments, embeddings.dtype)
+        windows = _windows(llm.config)
+        masks = {name: block_diagonal(segments, embeddings.dtype, size) for name, size in windows.items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
         return {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": positions}
     if kind.startswith("flash_attention"):
         return one_row(embeddings, positions)
@@ -76,10 +80,31 @@ def one_row(embeddings: Float[Tensor, "b t l"], positions: Int[Tensor, "b t"]) -
     }
 
 
-def block_diagonal(segments: Int[Tensor, "b t"], dtype: torch.dtype) -> Float[Tensor, "b 1 t t"]:
-    """What is added to attention scores: 0 for the same conversation up to here, else the least number."""
+def _windows(config: Any) -> dict[str, int | None]:
+    """By kind of layer, as transformers names them, how many tokens it sees; None sees all."""
+    size = getattr(config, "sliding_window", None)
+    every = ["full_attention"] if size is None else ["sliding_attention"]
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or every)
+    known = {"full_attention": None, "sliding_attention": size}
+    if strange := [kind for kind in kinds if kind not in known]:
+        raise ConfigError(
+            f"packing: layers of {strange[0]!r} are not known to keep conversations apart; leave packing out"
+        )
+    return {kind: known[kind] for kind in kinds}
+
+
+def block_diagonal(
+    segments: Int[Tensor, "b t"], dtype: torch.dtype, window: int | None = None
+) -> Float[Tensor, "b 1 t t"]:
+    """What is added to attention scores: 0 for the same conversation up to here, else the least number.
+
+    Args:
+        window: tokens that one sees, itself included, as transformers' `sliding_window`.
+    """
     same = rearrange(segments, "b q -> b 1 q 1") == rearrange(segments, "b k -> b 1 1 k")
     seen = same & torch.ones(segments.shape[1:] * 2, dtype=torch.bool, device=segments.device).tril()
+    if window is not None:
+        seen &= ~torch.ones_like(seen[0, 0]).tril(-window)
     return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill(
         ~seen, torch.finfo(dtype).min
     )

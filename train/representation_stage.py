@@ -42,13 +42,14 @@ from vlm_vision.train.representation import RepresentationModel
 from vlm_vision.train.representation_config import RepresentationConfig
 from vlm_vision.train.representation_objective import Outcome, RepresentationObjective, gumbel_noise
 from vlm_vision.train.representation_scores import validate_representation
-from vlm_vision.train.run import Run, plain_attention, prepare_process, refuse_step
+from vlm_vision.train.run import Run, plain_attention, prepare_process, refuse_step, training_attention
 from vlm_vision.train.termination import TERMINATED, Terminated
 from vlm_vision.train.vlm import token_grid
 
 LARGEST_SCALE = 100.0  # of similarities (CLIP, arXiv:2103.00020, section 2.5)
 
 
+@training_attention()
 def train_representation(
     config: RepresentationConfig, output: str | Path, *, resume: bool = False
 ) -> dict[str, float]:

@@ -144,23 +144,39 @@ def refuse_step(
 
 
 def prepare_process(seed: int) -> None:
-    """What every training entry point does first: seeds, denormals flushed, attention that a CPU does fast.
+    """What every training entry point does first: seeds, and denormals flushed.
 
     Without flushing, Adam's moments of rarely seen embeddings decay into denormals, which a CPU handles
-    many times slower. On the short sequences that a CPU can train, the backward pass of torch's fused
-    attention takes several times as long as plain matrix products (bf16, 17 tokens: 43 ms against 6).
+    many times slower.
     """
     for kind in (np.float32, np.float64):
         np.finfo(kind)  # numpy keeps them; made later, they would miss denormals and warn
     torch.set_flush_denormal(True)
-    if not torch.cuda.is_available():
-        torch.backends.cuda.enable_flash_sdp(False)  # the switch of the CPU's fused attention, too
     torch.manual_seed(seed)
+
+
+@contextmanager
+def training_attention() -> Iterator[None]:
+    """Attention that a CPU trains fast, as long as a run lasts; a decorator of every training entry point.
+
+    On the short sequences that a CPU can train, the backward pass of torch's fused attention takes several
+    times as long as plain matrix products (bf16, 17 tokens: 43 ms against 6). What else the process computes,
+    before and afterwards, keeps its own kernel.
+    """
+    # The switch of the CPU's fused attention, too.
+    fused = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_available():
+        torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(fused)
 
 
 def plain_attention(llm: Any) -> None:
     """Let a language model of transformers attend by plain matrix products, where it trains on a CPU.
 
+    That is of this model, and no part of what is saved.
     Without the fused kernel, torch's attention computes bf16 in fp32 (96 rows of 110 tokens, forward and
     backward: 20 ms against 10).
     """

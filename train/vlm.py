@@ -5,8 +5,10 @@ Importing this module registers it with `AutoModelForImageTextToText`, `AutoConf
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,8 @@ from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfi
 Part = Literal["tower", "projector", "llm", "tiles"]
 PARTS: tuple[Part, ...] = ("tower", "projector", "llm")
 """What every model has; `tiles` as well where the ends of rows of a picture in tiles are learnt."""
+# Values of a generation config that change nothing.
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
 # What auto classes of transformers hand to `from_pretrained`, whoever asks.
 PASSED_ON = ("config", "trust_remote_code", "adapter_kwargs", "revision", "_from_auto", "_commit_hash")
 
@@ -391,14 +395,11 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         try:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             given = None if pixel_values is None else pixel_values.to(input_ids.device)
-            ends = {"eos_token_id": self.chat.stop_ids, "pad_token_id": self.chat.pad_id}
-            own = {} if "generation_config" in options else ends
-            settings = {"generation_config": self.generation_config, **own, "use_cache": True, **options}
-            output = self.llm.generate(
-                inputs_embeds=self.embed(input_ids, given, text=text, image_sizes=image_sizes),
-                attention_mask=mask,
-                **settings,
-            )
+            embeddings = self.embed(input_ids, given, text=text, image_sizes=image_sizes)
+            settings = self._generation(options)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Passing `repetition_penalty`")  # it is told above
+                output = self.llm.generate(inputs_embeds=embeddings, attention_mask=mask, **settings)
         finally:
             self.train(was_training)
         new = output if isinstance(output, Tensor) else output.sequences
@@ -408,6 +409,18 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return sequences
         output.sequences = sequences
         return output
+
+    def _generation(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `generate` as transformers wants them: one config, and what is none of its fields."""
+        config: Any = copy.deepcopy(options.get("generation_config"))
+        if config is None:
+            config = copy.deepcopy(self.generation_config)
+            config.eos_token_id, config.pad_token_id = self.chat.stop_ids, self.chat.pad_id
+        given = {name: value for name, value in options.items() if name != "generation_config"}
+        if not given.get("do_sample", config.do_sample):  # what only sampling reads would be warned of
+            given = {**{name: value for name, value in GREEDY.items() if hasattr(config, name)}, **given}
+        beside = config.update(**{"use_cache": True, **given})
+        return {"generation_config": config, **beside}
 
     def answer(
         self,
@@ -506,13 +519,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def asked(self, talks: Sequence[Sequence[Turn]]) -> dict[str, Tensor] | None:
         """The `text` of the pictures of some conversations; None where the projector reads none."""
-        rows = [
-            self.instructions(talk)
-            for talk in talks
-            for turn in talk
-            for _ in range(turn.text.count(IMAGE_TOKEN))
-            if self.instructions is not None
-        ]
+        if self.instructions is None:
+            return None
+        rows = [tokens for talk in talks for tokens in self.instructions(talk)]
         device = next(self.llm.parameters()).device
         return {name: value.to(device) for name, value in stack_instructions(rows).items()} if rows else None
 

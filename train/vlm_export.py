@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm_vision.adapters.llava_files import FILE, to_llava
+from vlm_vision.adapters.save import PREFIX
 from vlm_vision.adapters.transformers_files import to_transformers
 from vlm_vision.errors import ConfigError
 from vlm_vision.export import export_clip, vision_part
@@ -29,12 +31,14 @@ from vlm_vision.train.model_card import write_card
 from vlm_vision.train.tiles import NEWLINE, TileFormat
 from vlm_vision.train.vlm import VisionLanguageModel
 from vlm_vision.train.vlm_folder import LLAVA_HF, LLAVA_NEXT_HF
+from vlm_vision.train.vlm_lora import LlmLora
 from vlm_vision.weights import check_whole
 
 OWN = (
     "`save_pretrained` keeps this model as it is, and AutoModelForImageTextToText loads it after "
     "`import vlm_vision.train.vlm`"
 )
+LORA_FOLDER = "adapter"
 ROWS = 64
 """A vocabulary that grows becomes a multiple of it, as by transformers' `convert_llava_weights_to_hf.py`."""
 # What LLaVA and LLaVA-NeXT call a language model of transformers with pictures: model_type, and class.
@@ -47,7 +51,11 @@ LLAVA_KINDS = {
 
 
 def export_llava_for_transformers(
-    model: VisionLanguageModel, folder: str | Path, *, source: str | Path | None = None
+    model: VisionLanguageModel,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    lora: LlmLora | None = None,
 ) -> None:
     """Write a `LlavaForConditionalGeneration` folder with processor, chat template and model card.
 
@@ -61,6 +69,9 @@ def export_llava_for_transformers(
 
     Args:
         source: the folder that the model was loaded from, for what the card tells of its training.
+        lora: adapters of the language model, taken apart from it: `folder/adapter`, for
+            `peft.PeftModel.from_pretrained(model, ...)` and vLLM's `--lora-modules`. Layers have the names of
+            transformers from 4.52 on.
 
     Raises:
         ConfigError: a tower, a projector or a language model for which Llava has no slot, or pixels that no
@@ -90,6 +101,8 @@ def export_llava_for_transformers(
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.chat_template = taking_parts(tokenizer.chat_template)
     language, rows = _language_state(llm, len(tokenizer))
+    if lora is not None and rows > len(llm.get_input_embeddings().weight) and "lm_head" in lora.layers:
+        lora = _with_more_words(lora, rows)
     language.pop("lm_head.bias", None)  # all zeros, or it were refused
     state = {f"language_model.{name}": tensor for name, tensor in language.items()}
     state |= {f"vision_tower.{name}": tensor for name, tensor in vision.items()}
@@ -126,9 +139,18 @@ def export_llava_for_transformers(
         _generation(model, tokenizer.pad_token_id).save_pretrained(partial)
         save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
         write_card(model, partial, "transformers", source)
+        if lora is not None:
+            (partial / LORA_FOLDER).mkdir()
+            lora.save(partial / LORA_FOLDER, str(folder), _llava_name)
 
 
-def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str | Path | None = None) -> None:
+def export_llava(
+    model: VisionLanguageModel,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    lora: LlmLora | None = None,
+) -> None:
     """Write a folder of LLaVA's own code: `config.json` with `mm_*`, weights under `model.`, and the tower.
 
     `mm_vision_tower` names `FOLDER/vision_tower`, a `CLIPVisionModel`; LLaVA looks for it from where it runs,
@@ -137,6 +159,9 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
 
     Args:
         source: as of `export_llava_for_transformers`.
+        lora: adapters of the language model, taken apart from it. The folder then is what LLaVA's LoRA
+            training leaves: the adapters, and in `non_lora_trainables.bin` the projector and whatever else
+            differs from the language model beneath, which LLaVA's builder takes as `model_base`.
 
     Raises:
         ConfigError: a part that LLaVA does not have, with the alternative.
@@ -188,7 +213,18 @@ def export_llava(model: VisionLanguageModel, folder: str | Path, *, source: str 
         model.tokenizer.save_pretrained(partial)
         _copy_sentencepiece(model.tokenizer, partial)
         _generation(model, model.chat.pad_id).save_pretrained(partial)
-        save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
+        if lora is None:
+            save_torch_state_dict(_apart(state), partial, metadata={"format": "pt"})
+        else:
+            base = lora.settings["base_model_name_or_path"]
+            known = lora.base
+            beside = {
+                f"{PREFIX}{name}": tensor
+                for name, tensor in _apart(state).items()
+                if name not in known or not torch.equal(tensor, known[name])
+            }
+            torch.save(beside, partial / "non_lora_trainables.bin")
+            lora.save(partial, base)
         write_card(model, partial, "llava", source)
 
 
@@ -214,6 +250,20 @@ def _cut_into_tiles(path: Path, tiled: Mapping[str, Any]) -> None:
     """Make a `preprocessor_config.json` that of LlavaNext's image processor."""
     content = json.loads(path.read_text(encoding="utf-8"))
     _write_json(path, {**content, "image_processor_type": "LlavaNextImageProcessor", "do_pad": True, **tiled})
+
+
+def _llava_name(name: str) -> str:
+    """A layer of a language model in a `LlavaForConditionalGeneration`."""
+    inner = name.removeprefix("model.")
+    return name if inner == name else f"model.language_model.{inner}"
+
+
+def _with_more_words(lora: LlmLora, rows: int) -> LlmLora:
+    """Adapters of the head for words that are the mean of the others, as the head itself then has them."""
+    if lora.settings["use_dora"]:
+        raise ConfigError("DoRA on lm_head does not go with a vocabulary that grows: export it merged")
+    factor = "lm_head.lora_B.weight"
+    return replace(lora, tensors={**lora.tensors, factor: _with_mean_rows(lora.tensors[factor], rows)})
 
 
 def _check_head(llm: Any) -> None:

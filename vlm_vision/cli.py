@@ -212,6 +212,7 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "runs/adapted/model --to transformers -o adapted",
         "runs/align/model --to transformers -o llava-hf   # a LlavaForConditionalGeneration with processor",
         "runs/align/model --to llava -o llava   # for LLaVA's own code",
+        "runs/lora/model --to transformers --lora apart -o llava-hf   # adapters in llava-hf/adapter",
         "open_clip:ViT-L-14-336-quickgelu@openai --adapter lora --to clip -o clip",
     )
     export.add_argument(
@@ -226,6 +227,13 @@ reading a folder back, by a picture's path in its folder or its name in the tar:
         "vision-language model a LlavaForConditionalGeneration (in tiles, LlavaNext), or LLaVA's own files",
     )
     export.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write")
+    export.add_argument(
+        "--lora",
+        choices=["merged", "apart"],
+        default="merged",
+        help="of a vision-language model whose run kept adapters: within its weights, or beside those that "
+        "they learnt on",
+    )
     export.add_argument(
         "--adapter", metavar="FOLDER", help="merge it first: of PEFT, or a checkpoint of a contrastive run"
     )

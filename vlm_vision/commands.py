@@ -259,6 +259,8 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.to == "llava" or (arguments.to == "transformers" and is_vlm_folder(arguments.source)):
         _export_vlm(arguments, output)
         return
+    if arguments.lora == "apart":
+        raise ConfigError("--lora apart is of a vision-language model, --to transformers or llava")
     if arguments.to in ("open_clip", "transformers"):
         model = load_dual_encoder(arguments.source)
         if arguments.adapter is not None:
@@ -288,20 +290,27 @@ def export(arguments: argparse.Namespace) -> None:
 
 def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
     from vlm_vision.train.vlm import VisionLanguageModel
-    from vlm_vision.train.vlm_export import export_llava, export_llava_for_transformers
+    from vlm_vision.train.vlm_export import LORA_FOLDER, export_llava, export_llava_for_transformers
+    from vlm_vision.train.vlm_lora import take_lora_apart
 
     if arguments.adapter is not None:
         raise ConfigError(
             "--adapter is merged into towers and dual encoders; stages merge what they trained before saving"
         )
     model = VisionLanguageModel.from_pretrained(arguments.source)
+    lora = take_lora_apart(model, arguments.source) if arguments.lora == "apart" else None
     if arguments.to == "transformers":
-        export_llava_for_transformers(model, output, source=arguments.source)
+        export_llava_for_transformers(model, output, source=arguments.source, lora=lora)
         kind = "Llava" if model.tiles is None else "LlavaNext"
         print(f"{output}: transformers.{kind}ForConditionalGeneration.from_pretrained, and AutoProcessor")
+        if lora is not None:
+            print(
+                f"{output / LORA_FOLDER}: peft.PeftModel.from_pretrained(model, ...), vLLM's --lora-modules"
+            )
         return
-    export_llava(model, output, source=arguments.source)
-    print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, None, 'llava')")
+    export_llava(model, output, source=arguments.source, lora=lora)
+    base, name = (None, "llava") if lora is None else (lora.settings["base_model_name_or_path"], "llava-lora")
+    print(f"{output}: LLaVA's load_pretrained_model({str(output)!r}, {base!r}, {name!r})")
     print(f"  its tower is {output.absolute() / 'vision_tower'}; after a move, change mm_vision_tower")
 
 

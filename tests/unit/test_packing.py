@@ -12,6 +12,16 @@ import pytest
 import torch
 from test_align import config, losses, same, tensors
 from tiny import colour_records, tiny_llm, tiny_tower
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from vlm_vision.adapters import build_projector
 from vlm_vision.errors import ConfigError
@@ -160,6 +170,58 @@ def test_loss_and_gradients_are_those_of_padded_rows(
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     print(f"{attention}: loss {abs(packed_loss - loss):.1e}, gradients {worst:.1e} of {largest:.1e}")
     assert worst < 1e-5 * max(1.0, largest)
+
+
+WINDOWED: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mistral": (MistralConfig, MistralForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 8, "sliding_window_pattern": 2}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2 without": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [(kind, way) for kind in WINDOWED for way in ("eager", "sdpa") if (kind, way) != ("gemma2", "sdpa")],
+)
+def test_a_window_stays_what_it_is(
+    model: VisionLanguageModel, samples: list[Sample], kind: str, attention: str
+) -> None:
+    make, build, settings = WINDOWED[kind]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {
+        "sliding_window": 5,
+        "num_key_value_heads": 2,
+        "vocab_size": len(model.tokenizer),
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llm = build(make(**sizes, **settings, attn_implementation=attention))
+    llm.generation_config.pad_token_id = 0
+    windowed = VisionLanguageModel(model.vision_tower, model.projector, llm, model.tokenizer)
+    # Every conversation is longer than the window, rows much more.
+    assert min(len(sample.input_ids) for sample in samples) > 5
+    loss, gradients = learnt(windowed, collate(samples, 0))
+    packed_loss, packed_gradients = learnt(windowed, collate(samples, 0, SIZE))
+    worst = max(float((gradients[name] - packed_gradients[name]).abs().max()) for name in gradients)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    print(f"{kind}, {attention}: loss {abs(packed_loss - loss):.1e}, gradients {worst:.1e} of {largest:.1e}")
+    assert packed_loss == pytest.approx(loss, abs=1e-5)
+    assert worst < 1e-5 * max(1.0, largest)
+    if "without" not in kind:
+        # Which it would not be with a mask that knows of no window.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vlm_vision.train.packing._windows", lambda config: {"full_attention": None})
+            assert abs(learnt(windowed, collate(samples, 0, SIZE))[0] - loss) > 1e-5
+
+
+def test_layers_of_another_kind_are_refused() -> None:
+    config = SimpleNamespace(_attn_implementation="sdpa", layer_types=["full_attention", "chunked_attention"])
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(ConfigError, match="layers of 'chunked_attention' are not known"):
+        attention_inputs(SimpleNamespace(config=config), torch.zeros(1, 2, 3), ids, ids)
 
 
 def test_one_row_for_flash_attention_is_found_by_its_positions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from vlm_vision.config import load_config
 from vlm_vision.errors import MissingExtraError, VlmVisionError
@@ -99,6 +101,41 @@ def test_peak_memory_counts_children(monkeypatch: pytest.MonkeyPatch) -> None:
         both.look()
         child.communicate("\n")
     assert (alone.mb, both.mb) == (100, 200)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("run", "first"),
+    [
+        ("vlm_vision.train.align.align", "check_fit"),
+        ("vlm_vision.train.language.warm_start_llm", "train_tokenizer"),
+        ("vlm_vision.train.contrastive.train_contrastive", "prepare_process"),
+        ("vlm_vision.train.representation_stage.train_representation", "prepare_process"),
+    ],
+)
+def test_fused_attention_is_off_while_a_run_lasts(
+    monkeypatch: pytest.MonkeyPatch, run: str, first: str, fused: bool
+) -> None:
+    """However it ends: here, by what the run does first."""
+    while_it_ran: list[bool] = []
+
+    def ends(*_: object) -> None:
+        while_it_ran.append(torch.backends.cuda.flash_sdp_enabled())
+        raise VlmVisionError("ended")
+
+    module, _, name = run.rpartition(".")
+    monkeypatch.setattr(f"{module}.{first}", ends)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(fused)
+    try:
+        function = getattr(importlib.import_module(module), name)
+        config = SimpleNamespace(seed=0, vocab_size=9)
+        with pytest.raises(VlmVisionError, match="ended"):
+            function(config, "out") if "language" not in run else function([], [], config, "out")
+        assert while_it_ran == [fused and torch.cuda.is_available()]
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
 
 
 def test_numpy_does_not_warn_that_denormals_are_gone() -> None:

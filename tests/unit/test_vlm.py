@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import colour_records, tiny_llm, tiny_tokenizer, tiny_tower
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from vlm_vision.adapters import build_projector
 from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
@@ -293,6 +298,39 @@ def test_generation_follows_the_forward_pass(
     assert model.answer(pixels, ["what colour is it ?"], 5) == [expected]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "top_k": 20, "repetition_penalty": 1.1}],
+    ids=["plain", "vicuna", "qwen"],
+)
+def test_answers_warn_of_nothing(model: VisionLanguageModel, settings: dict[str, Any]) -> None:
+    """Whatever the language model's own generation config holds, which is left as it is."""
+    for name, value in settings.items():
+        setattr(model.llm.generation_config, name, value)
+    before = model.llm.generation_config.to_dict()
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    transformers_logging.warning_once.cache_clear()
+    pixels = torch.randn(1, 3, 32, 32)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            greedy = model.answer(pixels, ["what ?"], 4)
+            model.answer(pixels, ["what ?"], 4, do_sample=True, temperature=0.7)
+            assert "".join(model.stream(pixels, "what ?", 4)) == greedy[0]
+            ids = torch.tensor([[2, 5]])
+            model.generate(ids, max_new_tokens=3, num_beams=2)
+            config = GenerationConfig(max_new_tokens=5, min_new_tokens=3)
+            assert model.generate(ids, generation_config=config, max_new_tokens=3).shape == (1, 5)
+    finally:
+        logger.removeHandler(handler)
+    assert told == []
+    assert model.llm.generation_config.to_dict() == before
+
+
 def test_training_mode_comes_back_after_generating(model: VisionLanguageModel) -> None:
     model.train()
     model.answer(None, ["what ?"], 2)
@@ -325,7 +363,13 @@ def test_a_picture_is_seen_with_what_is_asked_about_it(folder: Path, conversatio
     text = model.asked([long, short])
     assert text is not None
     asked = [model.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*text.values(), strict=True)]
-    assert asked == ["what ? \n the colour ?"] * 2 + ["x"]
+    assert asked == ["what ?"] * 2 + ["x"]
+    # Each with the turn that shows it, in training as in an answer: no later question, and none before.
+    later = [Turn("user", "the picture ? <image>"), Turn("assistant", "blue")]
+    text = model.asked([[*two, Turn("assistant", "red"), *later], [*two]])
+    assert text is not None
+    asked = [model.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*text.values(), strict=True)]
+    assert asked == ["what ?", "what ?", "the picture ?", "what ?", "what ?"]
     loss = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels, text=batch.text).loss
     other = {**batch.text, "text_ids": batch.text["text_ids"].flip(1)}
     again = model(batch.input_ids, batch.attention_mask, batch.labels, batch.pixels, text=other).loss
