@@ -27,12 +27,12 @@ STATE_FILE, WEIGHTS, MOMENTS = "state.json", "fp32", ("exp_avg", "exp_avg_sq")
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `start + length` of a flattened parameter: in `flats[flat]`, from `offset` on."""
+    """Elements `start` to `start + size` of a flattened parameter: in `flats[flat]`, from `offset` on."""
 
     flat: int
     offset: int
     start: int
-    length: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ def check_whole(saved: Sequence[Mapping[str, Any]], learning: Mapping[str, Seque
                 raise WeightsError(f"the checkpoint would hold {name}, which does not learn")
             piece, flat = Piece(*fields), state["flats"][fields[0]]
             for key in (WEIGHTS, *MOMENTS):
-                if flat[key].numel() < piece.offset + piece.length:
+                if flat[key].numel() < piece.offset + piece.size:
                     raise WeightsError(f"the checkpoint would hold {name} without its {key}")
-            spans[name].append((piece.start, piece.length))
+            spans[name].append((piece.start, piece.size))
     for name, shape in learning.items():
         reached = 0
         for start, count in sorted(spans[name]):
@@ -243,7 +243,7 @@ def _state_of(flat: Tensor, adam: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _copy(source: Mapping[str, Tensor], there: Piece, target: Mapping[str, Tensor], here: Piece) -> None:
     """What two pieces of a parameter have in common, from one flat tensor to the other."""
     first = max(there.start, here.start)
-    count = min(there.start + there.length, here.start + here.length) - first
+    count = min(there.start + there.size, here.start + here.size) - first
     if count <= 0:
         return
     for key in (WEIGHTS, *MOMENTS):

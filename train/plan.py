@@ -5,6 +5,7 @@ Models are built on the meta device, where tensors have shapes and no memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from vlm_vision.adapters.build import build_projector
 from vlm_vision.dual_encoder import describe_dual_encoder
-from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.errors import ConfigError, DataError, require
 from vlm_vision.tower import describe_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.contrastive_config import ContrastiveConfig
@@ -30,8 +31,9 @@ from vlm_vision.train.cost import (
     logit_bytes,
     part_flops,
 )
+from vlm_vision.train.deepspeed_engine import engine_settings
 from vlm_vision.train.label_loss import CHUNK
-from vlm_vision.train.optim import set_learning, trainable_summary
+from vlm_vision.train.optim import parameter_groups, set_learning, trainable_summary
 from vlm_vision.train.pairs import Pairs
 from vlm_vision.train.pairs_config import source_nodes
 from vlm_vision.train.prepared import prepare_model
@@ -41,6 +43,7 @@ from vlm_vision.train.vlm import embedding_width, load_llm, token_grid, with_voc
 
 Precision = Literal["fp32", "bf16", "autocast"]
 GIB = 2**30
+SUMMED_AT_ONCE, SUB_GROUP = 500_000_000, 1_000_000_000  # DeepSpeed's own, where no setting says otherwise
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 WITHOUT_WEIGHTS = "\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
 
@@ -66,13 +69,14 @@ PUBLISHED_LLMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each of the processes; activations (see `cost`) and buffers of the moment come on top.
+    """Bytes on each of the processes; activations (see `cost`) and `Passing` buffers come on top.
 
     With P parameters of which T learn, on N processes (ZeRO, arXiv:1910.02054, sections 3.1 and 5): weights
     take w·P, gradients w·T, Adam's states k·T. In bf16, w = 2 and k = 12 (an fp32 copy and two moments); in
-    fp32 and under autocast, w = 4 and k = 8 (two moments). Stage 1 divides the states by N, stage 2 the
-    gradients too, stage 3 the weights too. Offloaded states, and weights, take none of a GPU's. In NF4 with
-    double quantisation a weight takes 4 + 8/64 + 32/(64·256) bits (arXiv:2305.14314, section 3).
+    fp32 and under autocast, w = 4 and k = 8 (two moments), but 12 under DeepSpeed's stages 1 to 3, which copy
+    fp32 weights too. Stage 1 divides the states by N, stage 2 the gradients too, stage 3 the weights too.
+    Offloaded states, and weights, take none of a GPU's. In NF4 with double quantisation a weight takes
+    4 + 8/64 + 32/(64·256) bits (arXiv:2305.14314, section 3).
     """
 
     weights: float
@@ -82,6 +86,28 @@ class Memory:
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Bytes on each process that DeepSpeed takes for a part of a step and gives back, on top of `Memory`.
+
+    With N processes, T parameters that learn, t in the largest optimizer group, P in all, w bytes a weight:
+
+    - backward pass: a bucket of b gradients, b·w, twice where reducing overlaps; stage 2 takes the smaller of
+      b·w and w·T/N once more where it accumulates; stage 3, on several processes, has up to
+      `stage3_max_live_parameters` of P whole, w for each.
+    - update: stage 0 flattens up to 5e8 gradients to sum them over processes, and in bf16 has all of them in
+      fp32; stages 1 to 3 flatten those of a group, w·t/N, and in bf16 have them in fp32, 4·t/N; stage 3 for
+      `sub_group_size` of a group at a time. Stage 1 has given back gradients of other processes by then.
+
+    Attributes:
+        backward: beside activations.
+        update: after them.
+    """
+
+    backward: float = 0.0
+    update: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +127,7 @@ class StagePlan:
     Attributes:
         steps: None where the data is not there and no number of records was given.
         tokens_per_step: at most, text and pictures, over all processes.
+        passing: what DeepSpeed takes for a part of a step.
         activations: bytes on each process at most, in the language model and its logits.
         arithmetic: of a step, of a mean length; None for contrastive runs.
     """
@@ -111,6 +138,7 @@ class StagePlan:
     steps: int | None
     tokens_per_step: int
     parts: tuple[PartPlan, ...]
+    passing: Passing = Passing()
     activations: int | None = None
     arithmetic: Arithmetic | None = None
 
@@ -118,14 +146,20 @@ class StagePlan:
     def memory(self) -> float:
         return sum(part.memory.total for part in self.parts)
 
+    @property
+    def peak(self) -> float:
+        """Bytes on each process at the worst moment of a step."""
+        return self.memory + max((self.activations or 0) + self.passing.backward, self.passing.update)
+
     def costs(self, world: int) -> list[str]:
         """Lines about activations, operations and hours."""
         if self.activations is None or self.arithmetic is None:
             return [f"  memory on each of {world} process(es): {_gib(self.memory)} GiB, and activations"]
-        total, tokens = self.memory + self.activations, self.arithmetic.tokens
+        passing, tokens = self.passing, self.arithmetic.tokens
         lines = [
-            f"  activations of the language model: up to {_gib(self.activations)} GiB",
-            f"  memory on each of {world} process(es): {_gib(total)} GiB; buffers of kernels and ZeRO on top",
+            f"  activations of the language model: up to {_gib(self.activations)} GiB; buffers of ZeRO: "
+            f"{_gib(passing.backward)} GiB in the backward pass, {_gib(passing.update)} GiB in the update",
+            f"  memory on each of {world} process(es): {_gib(self.peak)} GiB; buffers of kernels on top",
             f"  operations per step: {self.arithmetic.total:.3g} at {tokens:,} tokens: 2 x parameters x "
             "tokens forward,",
             "    as much for gradients through, gradients of weights, and recomputing; and attention",
@@ -201,6 +235,7 @@ def plan_align(
         _check_lengths(stage, tokens_per_image, tiles, model["llm"])
         set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
+        settings = _deepspeed_settings(model, stage, world)
         files = ", ".join(source.file for source in stage.sources)
         stages.append(
             StagePlan(
@@ -209,7 +244,8 @@ def plan_align(
                 length=_length(stage.steps, stage.epochs, stage.batch_size, count, files),
                 steps=None if stage.steps is None and count is None else stage.total_steps(count or 0),
                 tokens_per_step=stage.batch_size * stage.max_length,
-                parts=_stage_parts(model, stage, world),
+                parts=_stage_parts(model, stage, world, settings["zero_optimization"]),
+                passing=_passing(model, stage, world, settings),
                 activations=_activations(model, stage, world),
                 arithmetic=_arithmetic(
                     model, stage, tokens or stage.max_length, 1 if tiles is None else tiles.most_tiles
@@ -301,9 +337,21 @@ def plan_contrastive(config: ContrastiveConfig, *, world: int = 1, records: int 
     return Plan(tokens_per_image, world, (stage,))
 
 
-def memory_of(parameters: int, learning: int, *, zero_stage: int, world: int, precision: Precision) -> Memory:
-    """Bytes on each process; see `Memory` for the formula."""
-    width, states = (2, 12) if precision == "bf16" else (4, 8)
+def memory_of(
+    parameters: int,
+    learning: int,
+    *,
+    zero_stage: int,
+    world: int,
+    precision: Precision,
+    copies_fp32: bool = False,
+) -> Memory:
+    """Bytes on each process; see `Memory` for the formula.
+
+    Args:
+        copies_fp32: whether the optimizer copies fp32 weights as well, as DeepSpeed's stages 1 to 3 do.
+    """
+    width, states = (2, 12) if precision == "bf16" else (4, 12 if copies_fp32 else 8)
     share = [world if zero_stage >= stage else 1 for stage in (3, 2, 1)]
     return Memory(
         weights=width * parameters / share[0],
@@ -342,22 +390,46 @@ def _language_model(config: VlmConfig, way_out: str) -> nn.Module:
         raise ConfigError(f"{error}{way_out}") from error
 
 
-def _parts(model: nn.Module, zero_stage: int, world: int, precision: Precision) -> tuple[PartPlan, ...]:
+def _parts(
+    model: nn.Module, zero_stage: int, world: int, precision: Precision, *, copies_fp32: bool = False
+) -> tuple[PartPlan, ...]:
     return tuple(
         PartPlan(
             name,
             total,
             learning,
-            memory_of(total, learning, zero_stage=zero_stage, world=world, precision=precision),
+            memory_of(
+                total,
+                learning,
+                zero_stage=zero_stage,
+                world=world,
+                precision=precision,
+                copies_fp32=copies_fp32,
+            ),
         )
         for name, (learning, total) in trainable_summary(model).items()
     )
 
 
-def _stage_parts(model: nn.ModuleDict, stage: Stage, world: int) -> tuple[PartPlan, ...]:
+def _deepspeed_settings(model: nn.ModuleDict, stage: Stage, world: int) -> dict[str, Any]:
+    """What DeepSpeed is told, the stage's own JSON included."""
+    if stage.deepspeed is not None:
+        require("align", "deepspeed")
+    micro_batch_size = stage.micro_batch_size or max(1, stage.batch_size // world)
+    learning = sum(count for count, _ in trainable_summary(model).values())
+    return engine_settings(stage, world, micro_batch_size, embedding_width(model["llm"]), learning)
+
+
+def _is_offloaded(zero: Mapping[str, Any], what: Literal["optimizer", "param"]) -> bool:
+    return ((zero.get(f"offload_{what}") or {}).get("device") or "none") != "none"
+
+
+def _stage_parts(
+    model: nn.ModuleDict, stage: Stage, world: int, zero: Mapping[str, Any]
+) -> tuple[PartPlan, ...]:
     """What `_parts` gives, without what is offloaded, and with a language model of 4 bits."""
     parts = []
-    for part in _parts(model, stage.zero_stage, world, stage.precision):
+    for part in _parts(model, stage.zero_stage, world, stage.precision, copies_fp32=stage.zero_stage > 0):
         weights, memory = part.memory.weights, part.memory
         if stage.quantise != "none" and part.name == "llm":
             weights -= (2 - NF4_BYTES) * sum(
@@ -367,11 +439,36 @@ def _stage_parts(model: nn.ModuleDict, stage: Stage, world: int) -> tuple[PartPl
             )
         memory = replace(
             memory,
-            weights=0.0 if stage.offload == "parameters" else weights,
-            optimizer=0.0 if stage.offload != "none" else memory.optimizer,
+            weights=0.0 if _is_offloaded(zero, "param") else weights,
+            optimizer=0.0 if _is_offloaded(zero, "optimizer") else memory.optimizer,
         )
         parts.append(replace(part, memory=memory))
     return tuple(parts)
+
+
+def _passing(model: nn.ModuleDict, stage: Stage, world: int, settings: Mapping[str, Any]) -> Passing:
+    """See `Passing` for the formula."""
+    zero, width = settings["zero_optimization"], 2 if stage.precision == "bf16" else 4
+    groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+    learning, largest = sum(sizes), max(sizes)
+    if stage.zero_stage == 0:
+        in_fp32 = 4 * learning if stage.precision == "bf16" else 0
+        return Passing(update=max(width * min(learning, SUMMED_AT_ONCE), in_fp32))
+    backward = width * zero["reduce_bucket_size"] * (2 if zero["overlap_comm"] else 1)
+    if stage.zero_stage == 2 and settings["gradient_accumulation_steps"] > 1:
+        backward += width * min(zero["reduce_bucket_size"], learning / world)
+    if stage.zero_stage == 3:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if world > 1:
+            backward += width * min(parameters, zero["stage3_max_live_parameters"])
+        largest = min(largest, world * zero.get("sub_group_size", SUB_GROUP))
+    update = 0.0
+    if not _is_offloaded(zero, "optimizer"):
+        update = (width + (4 if stage.precision == "bf16" else 0)) * largest / world
+        if stage.zero_stage == 1:
+            update -= width * (learning - learning / world)
+    return Passing(backward, update)
 
 
 def _decoder(llm: Any) -> Decoder:

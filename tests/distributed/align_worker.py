@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
+from live_memory import ALIGNER, FULL, planned_and_measured
 from safetensors.torch import load_file
 from tiny import TOWER
 
@@ -155,6 +156,13 @@ def run_all(folder: Path, results: Results) -> None:
     frozen_tower = [{"match": "projector.*"}, {"match": "llm.*"}]
     results.run(config(folder, 3, data=files, learn=frozen_tower), "kept3")
     results.run(config(folder, 3, learn=frozen_tower), "frozen3")
+    if dist.get_world_size() == 2:
+        results["memory"] = {}
+        for zero_stage, learn in ((1, FULL), (2, FULL), (3, FULL), (3, ALIGNER)):
+            name = f"memory{zero_stage}_{len(learn)}"
+            run, settings = results.output / name, {"zero_stage": zero_stage, "precision": "bf16"}
+            found = planned_and_measured(folder / "measured", run, 2, learn=learn, **settings)
+            results["memory"][name] = found
     for zero_stage in (2, 3):
         name, settings = f"saved{zero_stage}", config(folder, zero_stage, save_every=STEPS // 2)
         results.run(settings, name)
