@@ -77,7 +77,7 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
             raise DataError(f"{folder} holds a finished stage: use --resume, or another output folder")
         if not done.is_file():
             prepare_process(config.seed)
-            model = build_model(config.model, stage, learnt)
+            model = build_model(config.model_of(stage), stage, learnt)
             model.use_loss_kernel(stage.loss_kernel)
             record = run_stage(model, stage, config.seed, folder, resume=resume)
             if rank == 0:

@@ -26,7 +26,7 @@ from vlm_vision import load_tower
 from vlm_vision.adapters import build_projector
 from vlm_vision.cli import main
 from vlm_vision.errors import ConfigError, DataError, WeightsError
-from vlm_vision.tiling import count_tokens
+from vlm_vision.tiling import count_tokens, most_tokens
 from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.train.conversations import (
     IMAGE_TOKEN_ID,
@@ -375,6 +375,16 @@ def test_projectors_with_another_grid_give_as_many_tokens_as_they_say(
     assert model.answer(pixels, [QUESTION] * len(SIZES), 2, image_sizes=sizes)
 
 
+def test_the_most_tokens_are_those_of_the_largest_picture() -> None:
+    sizes = [(width, height) for width in range(8, 300, 7) for height in range(8, 300, 3)]
+    for fields in ({}, {"max_tiles": 2}, {"merge": "spatial_maxpool2x2"}, {"merge": "flat"}, {"base": False}):
+        config = TILING.model_copy(update=fields)
+        most = most_tokens(config, grid=(4, 4), tile_size=32)
+        assert most == max(count_tokens(size, config, grid=(4, 4), tile_size=32) for size in sizes), fields
+    for single in (TilingConfig(), TilingConfig(mode="pad", merge="spatial_unpad")):
+        assert most_tokens(single, grid=(4, 4), tile_size=32) == 16 + (single.mode == "pad")
+
+
 @pytest.mark.parametrize(
     "projector",
     [{"name": "pixel_shuffle", "factor": 2}, "mlp_downsample", {"name": "pool", "stride": 2}],
@@ -540,7 +550,7 @@ def test_the_commands_know_of_tiles(folder: Path, tmp_path: Path, capsys: pytest
     assert main(["plan", str(path)]) == 0
     told = capsys.readouterr().out
     assert "tokens per image: up to 88, by its shape, in up to 5 tiles of 16" in told
-    assert "tokens per step: up to 1,600" in told
+    assert "tokens per step: up to 1,600; of a picture in each conversation up to 352" in told
     assert main(["data", "check", str(path)]) == 0
     assert "records over 400 tokens" in capsys.readouterr().out
 
@@ -583,8 +593,16 @@ def test_the_newline_learns_is_handed_on_and_saved(folder: Path, tmp_path: Path)
     stage = align_tree(folder, group_by_length=True, packing=True, save_every=2)
     tree = {**stage, "stages": [{**stage["stages"][0], "name": "first"}, *stage["stages"]]}
     tree["stages"][1] = {**tree["stages"][1], "learn": [{"match": "projector.*"}]}
+    one = {
+        **align_tree(folder)["stages"][0],
+        "name": "zero",
+        "tiles": False,
+        "learn": [{"match": "projector.*"}],
+    }
+    tree["stages"] = [one, *tree["stages"]]
     config = load_config(AlignConfig, tree)
     align(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "zero" / "model" / "tiles").exists()
     first, last = (
         load_file(tmp_path / "run" / place / "tiles" / "model.safetensors")["image_newline"]
         for place in ("first/model", "model")
@@ -602,6 +620,18 @@ def test_the_newline_learns_is_handed_on_and_saved(folder: Path, tmp_path: Path)
     torch.testing.assert_close(again, first, atol=1e-6, rtol=0)
     saved = VisionLanguageModel.from_pretrained(tmp_path / "run" / "model")
     assert torch.equal(saved.state_dict()["tiles.image_newline"], last)
+
+
+def test_stages_without_tiles_are_checked(folder: Path) -> None:
+    from vlm_vision.config import load_config
+    from vlm_vision.train.align_config import AlignConfig
+
+    with pytest.raises(ConfigError, match="tiles: false in the last stage"):
+        load_config(AlignConfig, align_tree(folder, tiles=False))
+    tree = align_tree(folder, tiles=False)
+    del tree["model"]["tiling"]
+    with pytest.raises(ConfigError, match="is of a stage of a model with `tiling`, and this one has none"):
+        load_config(AlignConfig, tree)
 
 
 def test_kept_features_are_refused(folder: Path, tmp_path: Path) -> None:
