@@ -82,7 +82,11 @@ def run_stage(
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
         for part, (count, everything) in summary.items():
             print(f"  {part}: {count:,} of {everything:,} parameters learn")
-    parts = [part for part in model.parts if any(p.requires_grad for p in model.part(part).parameters())]
+    parts = [
+        part
+        for part in model.parts  # the end of rows comes from nowhere else, so it is left, learnt or not
+        if part == "tiles" or any(p.requires_grad for p in model.part(part).parameters())
+    ]
     groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
     schedule = warmup_schedule(optimizer, stage.schedule, total, stage.warm_steps(total), stage.lr_floor)

@@ -622,6 +622,22 @@ def test_the_newline_learns_is_handed_on_and_saved(folder: Path, tmp_path: Path)
     assert torch.equal(saved.state_dict()["tiles.image_newline"], last)
 
 
+def test_a_newline_that_does_not_learn_is_handed_on_too(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from vlm_vision.config import load_config
+    from vlm_vision.train.align import align
+    from vlm_vision.train.align_config import AlignConfig
+
+    tree = align_tree(folder, steps=1, learn=[{"match": "projector.*"}])
+    tree["stages"] = [{**tree["stages"][0], "name": name} for name in ("first", "second")]
+    align(load_config(AlignConfig, tree), tmp_path)
+    first, last = (
+        load_file(tmp_path / place / "tiles" / "model.safetensors")["image_newline"]
+        for place in ("first/model", "model")
+    )
+    assert torch.equal(first, last)
+
+
 def test_stages_without_tiles_are_checked(folder: Path) -> None:
     from vlm_vision.config import load_config
     from vlm_vision.train.align_config import AlignConfig
