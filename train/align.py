@@ -81,9 +81,10 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         if not done.is_file():
             prepare_process(config.seed)
             conversations = open_conversations(stage.data)
-            chat, tiles = text_format(config.model, stage)
+            seen = config.model_of(stage)
+            chat, tiles = text_format(seen, stage)
             measured = measure_for_training(conversations, chat, stage, folder, tiles)
-            model = build_model(config.model, stage, learnt)
+            model = build_model(seen, stage, learnt)
             model.use_loss_kernel(stage.loss_kernel)
             record = run_stage(model, conversations, measured, stage, config.seed, folder, resume=resume)
             if rank == 0:

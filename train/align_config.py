@@ -71,6 +71,7 @@ class Stage(Config):
         epochs, steps: length; one of them.
         batch_size: conversations per optimizer step over all ranks.
         group_by_length: batches of about one length, of text alone apart from those with pictures.
+        tiles: take pictures in the model's tiles; false shows each as one, as LLaVA-NeXT's first stage does.
         packing: several conversations in a row, up to `max_length` tokens, none of which sees another: the
             same loss and gradients with less padding.
         micro_batch_size: conversations that a rank runs at once; None means its whole share.
@@ -108,6 +109,7 @@ class Stage(Config):
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = None
     group_by_length: bool = False
+    tiles: bool = True
     packing: bool = False
     max_length: PositiveInt = 2048
     grad_clip: PositiveFloat | None = 1.0
@@ -196,6 +198,20 @@ class AlignConfig(Config):
     model: VlmConfig
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     seed: int = 0
+
+    def model_of(self, stage: Stage) -> VlmConfig:
+        """The model as a stage sees it: without tiles where it takes each picture as one."""
+        return self.model if stage.tiles else self.model.model_copy(update={"tiling": None})
+
+    @model_validator(mode="after")
+    def _tiles_are_there(self) -> AlignConfig:
+        if self.model.tiling is None and not all(stage.tiles for stage in self.stages):
+            raise ValueError("tiles: false is of a stage of a model with `tiling`, and this one has none")
+        if not self.stages[-1].tiles:
+            raise ValueError(
+                "tiles: false in the last stage: it leaves the model, which `tiling` says is in tiles"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_are_told_apart(self) -> AlignConfig:

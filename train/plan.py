@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlm_vision.adapters.build import build_projector
 from vlm_vision.dual_encoder import describe_dual_encoder
@@ -48,7 +48,7 @@ NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 WITHOUT_WEIGHTS = "\nA plan needs only its config.json: put that into a folder and give model.llm=FOLDER"
 
 # What the hub's config.json of these language models says, so that a run is planned without a network.
-_LLAMA = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 PUBLISHED_LLMS: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-7b-v1.5": {
         **_LLAMA,
@@ -63,6 +63,17 @@ PUBLISHED_LLMS: dict[str, dict[str, Any]] = {
         "intermediate_size": 13824,
         "num_hidden_layers": 40,
         "num_attention_heads": 40,
+    },
+    "Qwen/Qwen2-7B-Instruct": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
     },
 }
 
@@ -130,6 +141,7 @@ class StagePlan:
         passing: what DeepSpeed takes for a part of a step.
         activations: bytes on each process at most, in the language model and its logits.
         arithmetic: of a step, of a mean length; None for contrastive runs.
+        picture_tokens: of these tokens at most pictures', one a conversation, of a model with tiles; or None.
     """
 
     name: str
@@ -141,6 +153,7 @@ class StagePlan:
     passing: Passing = Passing()
     activations: int | None = None
     arithmetic: Arithmetic | None = None
+    picture_tokens: int | None = None
 
     @property
     def memory(self) -> float:
@@ -150,6 +163,11 @@ class StagePlan:
     def peak(self) -> float:
         """Bytes on each process at the worst moment of a step."""
         return self.memory + max((self.activations or 0) + self.passing.backward, self.passing.update)
+
+    @property
+    def told_of_pictures(self) -> str:
+        count = self.picture_tokens
+        return "" if count is None else f"; of a picture in each conversation up to {count:,}"
 
     def costs(self, world: int) -> list[str]:
         """Lines about activations, operations and hours."""
@@ -199,7 +217,7 @@ class Plan:
                 "",
                 f"{stage.name}: {stage.settings}",
                 f"  steps: {stage.length if stage.steps is None else f'{stage.steps:,} ({stage.length})'}",
-                f"  tokens per step: up to {stage.tokens_per_step:,}",
+                f"  tokens per step: up to {stage.tokens_per_step:,}{stage.told_of_pictures}",
                 f"  {'part':14}{'parameters':>16}{'that learn':>16}"
                 f"{'weights':>10}{'gradients':>11}{'optimizer':>11}",
             ]
@@ -231,7 +249,7 @@ def plan_align(
     stages = []
     tokens_per_image, tiles = 0, None
     for stage in config.stages:
-        model, tokens_per_image, tiles = _vision_language_model(config.model, WITHOUT_WEIGHTS)
+        model, tokens_per_image, tiles = _vision_language_model(config.model_of(stage), WITHOUT_WEIGHTS)
         _check_lengths(stage, tokens_per_image, tiles, model["llm"])
         set_learning(model, stage.learn, stage.lora)
         count = _count_conversations(stage, records)
@@ -250,6 +268,9 @@ def plan_align(
                 arithmetic=_arithmetic(
                     model, stage, tokens or stage.max_length, 1 if tiles is None else tiles.most_tiles
                 ),
+                picture_tokens=None
+                if config.model.tiling is None
+                else stage.batch_size * min(tokens_per_image, stage.max_length),
             )
         )
     cut = None if tiles is None else (tiles.most_tiles, tiles.grid[0] * tiles.grid[1])
@@ -263,8 +284,8 @@ def check_fit(config: AlignConfig) -> None:
         ConfigError: a projector that the tower's grid and widths do not fit, a picture that takes more tokens
             than a stage or the language model has room for, or a part whose config cannot be had.
     """
-    model, tokens_per_image, tiles = _vision_language_model(config.model)
     for stage in config.stages:
+        model, tokens_per_image, tiles = _vision_language_model(config.model_of(stage))
         _check_lengths(stage, tokens_per_image, tiles, model["llm"])
 
 
@@ -382,7 +403,7 @@ def _vision_language_model(
 def _language_model(config: VlmConfig, way_out: str) -> nn.Module:
     published = None if Path(config.llm).exists() else PUBLISHED_LLMS.get(config.llm)
     if published is not None:
-        llm: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**published))
+        llm: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**published))
         return llm
     try:
         return load_llm(config.llm, weights="none")

@@ -85,7 +85,7 @@ def run_stage(
         if model.tiles is not None:
             raise ConfigError(
                 f"stage {stage.name!r}: feature_cache keeps one tile of a picture, and this model cuts them "
-                "into several; leave feature_cache out, or model.tiling"
+                "into several; leave feature_cache out, or set tiles: false"
             )
         data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
@@ -93,7 +93,11 @@ def run_stage(
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")
         for part, (count, everything) in summary.items():
             print(f"  {part}: {count:,} of {everything:,} parameters learn")
-    parts = [part for part in model.parts if any(p.requires_grad for p in model.part(part).parameters())]
+    parts = [
+        part
+        for part in model.parts  # the end of rows comes from nowhere else, so it is left, learnt or not
+        if part == "tiles" or any(p.requires_grad for p in model.part(part).parameters())
+    ]
     groups = parameter_groups(model, stage.learn, lr=stage.lr, weight_decay=stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=stage.betas, fused=True)
     schedule = warmup_schedule(optimizer, stage.schedule, total, stage.warm_steps(total), stage.lr_floor)

@@ -403,20 +403,21 @@ def _check_conversations(arguments: argparse.Namespace, talks: AlignConfig | Con
         if given:
             option = "--" + next(iter(given)).replace("_", "-")
             raise ConfigError(f"{option}: {arguments.source} says it; change it there")
-        image_tokens, tiles = picture_tokens(talks.model)
         model = talks.model
         parts = [
             (f"stage {stage.name!r}", stage.data, model.llm, stage.chat_template or model.chat_template,
-             stage.max_length, stage.name) for stage in talks.stages
+             stage.max_length, stage.name, picture_tokens(talks.model_of(stage))) for stage in talks.stages
         ]  # fmt: skip
     else:
         tokenizer, template = arguments.tokenizer, arguments.chat_template
         if given and (tokenizer is None or arguments.tokens_per_image is None):
             raise ConfigError("to count tokens, give both --tokenizer and --tokens-per-image")
-        image_tokens, tiles = arguments.tokens_per_image or 1, None
-        parts = [("", talks.data, tokenizer, template, arguments.max_length or 2048, "")]
+        image_tokens = arguments.tokens_per_image or 1
+        parts = [
+            ("", talks.data, tokenizer, template, arguments.max_length or 2048, "", (image_tokens, None))
+        ]
     found = []
-    for title, data, tokenizer, template, max_length, folder in parts:
+    for title, data, tokenizer, template, max_length, folder, (image_tokens, tiles) in parts:
         chat = None
         if tokenizer is not None:
             text = None if template is None else read_template(template)

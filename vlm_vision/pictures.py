@@ -70,12 +70,16 @@ def open_image(source: Picture) -> Image.Image:
 
 
 def picture_size(source: Picture) -> tuple[int, int]:
-    """Width and height of what `open_image` gives, told by the file's header: no pixel is decoded.
+    """Width and height of what `open_image` gives, told by the file's header.
+
+    Pixels are decoded of TIFF files alone, and of PNG files with metadata, where an orientation may lie.
 
     Raises:
         DataError: as `open_image`, but for what only decoding shows.
     """
-    with _reading(source) as (image, _):
+    with _reading(source) as (image, name):
+        if image.format == "TIFF":  # which Pillow turns itself, before or after it tells the size
+            return _decode(image, name).size
         upright = isinstance(image, PngImageFile) and not _tells_more(image)
         turned = not upright and _TURNS.get(_orientation(image)) in _QUARTERS
         return (image.height, image.width) if turned else image.size

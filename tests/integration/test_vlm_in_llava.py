@@ -15,7 +15,7 @@ import pytest
 
 CHECKOUT = os.environ.get("VLM_VISION_LLAVA")
 WORKER = Path(__file__).with_name("vlm_in_llava_worker.py")
-TOLERANCE = 1e-5  # of logits around 0.4; worst measured: 1.2e-7
+TOLERANCE = 1e-5  # of logits around 0.4; worst measured: 1.8e-7
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason="set VLM_VISION_LLAVA to a checkout of LLaVA")
@@ -34,7 +34,7 @@ def test_llava_loads_what_we_export_and_we_load_what_it_saves(tmp_path: Path) ->
     for pictures, found in json.loads(done.stdout.splitlines()[-1]).items():
         print(pictures, found)
         assert found["report"] == []
-        assert found["pixels"] <= 1e-6  # measured 0
+        assert found["pixels"] <= 1e-6  # measured 2.4e-7
         assert found["exported"] <= TOLERANCE
         assert found["saved"] <= TOLERANCE
         assert found["ours"] == found["theirs"]

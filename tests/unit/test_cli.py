@@ -443,7 +443,7 @@ def test_chat_prints_words_as_they_come_and_remembers_them(
     printed: list[str] = []
     asked: list[list[str]] = []
 
-    def stream(self: Any, pixels: Any, turns: Any, max_new_tokens: int) -> Iterator[str]:
+    def stream(self: Any, pixels: Any, turns: Any, max_new_tokens: int, image_sizes: Any) -> Iterator[str]:
         asked.append([turn.text for turn in turns])
         yield "a red"
         printed.append(capsys.readouterr().out)

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from vlm_vision import ImageProcessor, open_image, pictures
 from vlm_vision.config import validate
 from vlm_vision.errors import ConfigError, DataError
-from vlm_vision.pictures import MAX_ASPECT, open_quickly
+from vlm_vision.pictures import MAX_ASPECT, open_quickly, picture_size
 from vlm_vision.preprocess import _interpolate
 from vlm_vision.tower_config import PreprocessConfig
 
@@ -70,6 +70,48 @@ def corners() -> Image.Image:
     for place, colour in (((0, 0), (255, 0, 0)), ((30, 0), (0, 255, 0)), ((0, 16), (0, 0, 255))):
         image.paste(colour, (*place, place[0] + 10, place[1] + 8))
     return image
+
+
+def metadata_last(content: bytes) -> bytes:
+    """A PNG whose metadata come after its pixels."""
+    chunks, at = [], 8
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 4], "big") + 12
+        chunks.append(content[at : at + length])
+        at += length
+    late = [chunk for chunk in chunks if chunk[4:8] == b"eXIf"]
+    assert late
+    kept = [chunk for chunk in chunks[:-1] if chunk not in late]
+    return content[:8] + b"".join([*kept, *late, chunks[-1]])
+
+
+@pytest.mark.parametrize("orientation", [None, *UPRIGHT])
+@pytest.mark.parametrize("kind", [*LOSSLESS, "PNG, late"])
+def test_the_size_that_a_header_tells_is_that_of_the_picture(kind: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    name = kind.partition(",")[0]
+    content = saved(
+        Image.new("RGB", (31, 17)), name, **({"exif": exif} if orientation else {}), **LOSSLESS[name]
+    )
+    if name != kind and orientation:
+        content = metadata_last(content)
+    assert picture_size(content) == open_image(content).size
+    opened = Image.open(io.BytesIO(content))
+    assert picture_size(opened) == open_image(content).size
+    file = io.BytesIO(content)
+    assert picture_size(file) == open_image(content).size
+    assert picture_size(Image.new("L", (31, 17))) == (31, 17)
+
+
+def test_the_size_of_a_plain_png_is_told_without_its_pixels() -> None:
+    content = saved(Image.effect_noise((300, 200), 90).convert("RGB"), "PNG")
+    assert picture_size(content[: len(content) // 2]) == (300, 200)
+    with pytest.raises(DataError):
+        open_image(content[: len(content) // 2])
+    with pytest.raises(DataError, match="over the aspect limit"):
+        picture_size(saved(Image.new("L", (3000, 2)), "PNG"))
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
