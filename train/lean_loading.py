@@ -38,6 +38,7 @@ def load_llm_lean(source: str | Path, dtype: torch.dtype) -> nn.Module:
         config = AutoConfig.from_pretrained(folder)
         kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
         tensors = _mapped(files) if dist.get_rank() == 0 else _shapes(files, dtype)
+        llm: nn.Module
         llm, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
@@ -86,7 +87,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _mapped(files: list[Path]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
             tensors |= {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
