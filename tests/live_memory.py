@@ -30,11 +30,12 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         now, peak: bytes.
         between_steps: bytes after the last step.
+        in_steps: the peak until then. After it rank 0 makes its weights whole, which is no part of a step.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.between_steps = 0
+        self.now = self.peak = self.between_steps = self.in_steps = 0
         self._sizes: dict[int, int] = {}
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -76,6 +77,7 @@ def live_memory() -> Iterator[LiveMemory]:
 
         def optimizer_step(*arguments: Any) -> Any:
             result = step(*arguments)
+            memory.in_steps = memory.peak
             gc.collect()
             memory.between_steps = memory.now
             return result
@@ -113,4 +115,4 @@ def planned_and_measured(
     kept = planned.memory
     if config.stages[0].zero_stage < 3:  # which alone has room for its gradients all the time
         kept -= sum(part.memory.gradients for part in planned.parts)
-    return (kept, memory.between_steps), (planned.peak, memory.peak)
+    return (kept, memory.between_steps), (planned.peak, memory.in_steps)

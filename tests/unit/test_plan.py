@@ -142,6 +142,7 @@ def test_lora_on_vit_l_14_336_learns_a_small_share() -> None:
         (0, "bf16", FULL),
         (3, "bf16", FULL),
         (2, "bf16", ALIGNER),
+        (3, "fp32", ALIGNER),
     ],
 )
 def test_memory_is_what_torch_accounts_for(
@@ -152,8 +153,8 @@ def test_memory_is_what_torch_accounts_for(
     settings = {"zero_stage": zero_stage, "precision": precision, "learn": learn}
     measured_data(tmp_path)
     kept, peak = planned_and_measured(tmp_path, tmp_path / "run", **settings)
-    # Worst difference measured: 0.9 % and 4.2 %.
-    assert kept[1] == pytest.approx(kept[0], rel=0.03)
+    # Worst difference measured: 2.9 % (ZeRO-3 keeps small parameters whole) and 6.8 %.
+    assert kept[1] == pytest.approx(kept[0], rel=0.05)
     assert peak[1] == pytest.approx(peak[0], rel=0.1)
 
 
