@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/flickr8k"))
     parser.add_argument("--held-out", type=int, default=0, help="photographs that are not learnt")
+    parser.add_argument("--epochs", type=int, help="of the contrastive fit (default: the config's)")
     arguments = parser.parse_args()
     data, output = arguments.data, arguments.output
     output.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,7 @@ def main() -> None:
             for where in ("data", "validation.retrieval")
             for change in (f"path={learnt.path}", f"image_folder={data}")
         ]
+        changes += [f"epochs={arguments.epochs}"] if arguments.epochs else []
         config = load_config(ContrastiveConfig, CONFIGS / "flickr8k_contrastive.yaml", changes)
         run_on_ranks(default_ranks(), train_contrastive, config, contrastive)
     log = read_metrics(contrastive / "metrics.jsonl")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def row(name: str, demo: Path, output: Path, held_out: Path, steps: int) -> dict
     folder = output / folder_of(name)
     kept = folder / "row.json"
     if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # half of a row
         tower = demo / "tower"
         if "not adapted" in name:
             tower = random_tower(tower, output / "random_tower")
