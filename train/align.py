@@ -21,6 +21,7 @@ from vlm_vision.train.conversation_check import measure_for_training
 from vlm_vision.train.conversations import ChatFormat, open_conversations, read_template
 from vlm_vision.train.deepspeed_engine import current_device, join_ranks
 from vlm_vision.train.deepspeed_json import read_deepspeed
+from vlm_vision.train.lean_loading import load_llm_lean
 from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
 from vlm_vision.train.plan import check_fit, picture_tokens
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
@@ -129,10 +130,12 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
     tower = load_tower(learnt.get("tower", config.tower))
     if stage.quantise != "none":
         llm = load_llm_nf4(learnt.get("llm", config.llm), current_device())
-    elif "llm" in learnt:
-        llm = load_llm(learnt["llm"], dtype=dtype)
+    elif "llm" not in learnt and config.llm_weights == "none":
+        llm = load_llm(config.llm, dtype=dtype, weights="none")
+    elif stage.zero_stage == 3:
+        llm = load_llm_lean(learnt.get("llm", config.llm), dtype)
     else:
-        llm = load_llm(config.llm, dtype=dtype, weights=config.llm_weights)
+        llm = load_llm(learnt.get("llm", config.llm), dtype=dtype)
     if "projector" in learnt:
         projector = load_projector(learnt["projector"])
     else:

@@ -29,6 +29,7 @@ from vlm_vision.train.conversations import (
     collate,
 )
 from vlm_vision.train.deepspeed_engine import (
+    current_device,
     engine_settings,
     gradient_norm,
     make_whole,
@@ -36,6 +37,7 @@ from vlm_vision.train.deepspeed_engine import (
     start_engine,
 )
 from vlm_vision.train.engine_checkpoint import load_engine, save_engine
+from vlm_vision.train.lean_loading import shard
 from vlm_vision.train.length_groups import LengthGroups
 from vlm_vision.train.optim import (
     parameter_groups,
@@ -104,6 +106,9 @@ def run_stage(
     learning = sum(count for count, _ in summary.values())
     plain_attention(model.llm)
     settings = engine_settings(stage, world, micro_batch_size, embedding_width(model.llm), learning)
+    if stage.zero_stage == 3:
+        dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+        shard(model, settings, dtype, current_device())
     engine = start_engine(model, optimizer, schedule, settings)
     if found:
         load_engine(engine, found[1])

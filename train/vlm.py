@@ -591,7 +591,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         config = _read_config(folder)
         if config.get("model_type") in FOREIGN:
             parts = read_parts(folder, dtype)
-            _make_saveable(parts.llm)
+            make_saveable(parts.llm)
             model: VisionLanguageModel = cls(*parts[:4], tiling=parts.tiling)
             if model.tiles is not None:
                 set_newline(model.tiles, parts.image_newline, folder)
@@ -673,8 +673,16 @@ def load_llm(
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
     check_loaded(info, source)
-    _make_saveable(llm)
+    make_saveable(llm)
     return llm
+
+
+def make_saveable(llm: Any) -> None:
+    """A generation config that transformers loads but will not save (Vicuna's) would lose a finished run."""
+    try:
+        llm.generation_config.validate(strict=True)
+    except ValueError:
+        llm.generation_config = GenerationConfig.from_model_config(llm.config)
 
 
 def load_tokenizer(source: str | Path, chat_template: str | None = None) -> Any:
@@ -725,14 +733,6 @@ def _instructions(projector: Projector, text_tokenizer: Any, llm_tokenizer: Any)
             f"instructions has {len(text_tokenizer)}; name another by `tokenizer`, or leave vocab_size out"
         )
     return Instructions(text_tokenizer, config.max_text)
-
-
-def _make_saveable(llm: Any) -> None:
-    """A generation config that transformers loads but will not save (Vicuna's) would lose a finished run."""
-    try:
-        llm.generation_config.validate(strict=True)
-    except ValueError:
-        llm.generation_config = GenerationConfig.from_model_config(llm.config)
 
 
 def _as_turns(prompt: str | Sequence[Turn], has_picture: bool) -> Sequence[Turn]:

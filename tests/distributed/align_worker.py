@@ -16,17 +16,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 import torch.distributed as dist
 from live_memory import ALIGNER, FULL, planned_and_measured
 from safetensors.torch import load_file
 from tiny import TOWER
 
+from vlm_vision.adapters.lora import add_lora
+from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.config import load_config
 from vlm_vision.train import stage as stage_module
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
-from vlm_vision.train.deepspeed_engine import join_ranks
+from vlm_vision.train.deepspeed_engine import join_ranks, make_whole
+from vlm_vision.train.lean_loading import load_llm_lean, shard
+from vlm_vision.train.rules import base_name
 from vlm_vision.train.run import read_metrics
+from vlm_vision.train.vlm import load_llm
 
 STEPS, BATCH_SIZE, STOP_AT = 6, 4, 3
 ATTENDING: dict[str, dict[str, Any]] = {
@@ -141,6 +147,33 @@ def go_on(folder: Path, results: Results) -> None:
         results.run(adapted(folder, 2, save_every=STOP_AT - 1), "killed", resume=True)
 
 
+def lean_loading(folder: Path) -> dict[str, Any]:
+    """A language model loaded for ZeRO-3 beside the same loaded whole: bytes before sharding, differences."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, lean = load_llm(folder / "llm", dtype=dtype), load_llm_lean(folder / "llm", dtype)
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lean.parameters()}
+        add_lora(lean, ["model.layers.0.mlp.up_proj.weight"], LoraConfig(rank=2))
+        precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **precision}
+        shard(lean, settings, dtype, torch.device("cpu"))
+        local = sum(parameter.ds_tensor.numel() for parameter in lean.parameters())
+        make_whole(lean)
+        expected = dict(whole.named_parameters())
+        loaded = {base_name(name): p for name, p in lean.named_parameters() if ".lora_" not in name}
+        same = [
+            torch.equal(loaded[name], p) and loaded[name].dtype == p.dtype for name, p in expected.items()
+        ]
+        found[str(dtype)] = [
+            sum(storages.values()) / sum(p.nbytes for p in expected.values()),
+            local / sum(p.numel() for p in lean.parameters()) if dist.get_rank() == 0 else None,
+            loaded.keys() == expected.keys() and all(same),
+        ]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, found)
+    return {"first": everyones[0], "other": everyones[-1]}
+
+
 def run_all(folder: Path, results: Results) -> None:
     for zero_stage in (0, 1, 2, 3):
         results.run(config(folder, zero_stage), f"zero{zero_stage}")
@@ -157,6 +190,7 @@ def run_all(folder: Path, results: Results) -> None:
     results.run(config(folder, 3, data=files, learn=frozen_tower), "kept3")
     results.run(config(folder, 3, learn=frozen_tower), "frozen3")
     if dist.get_world_size() == 2:
+        results["loading"] = lean_loading(folder / "measured")
         results["memory"] = {}
         for zero_stage, learn in ((1, FULL), (2, FULL), (3, FULL), (3, ALIGNER)):
             name = f"memory{zero_stage}_{len(learn)}"

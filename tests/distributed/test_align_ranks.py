@@ -191,3 +191,12 @@ def test_memory_of_two_ranks_is_what_torch_accounts_for(results: dict[int, dict[
         # Worst difference measured: 6.6 % (ZeRO-3 keeps small parameters whole) and 3.7 %.
         assert kept[1] == pytest.approx(kept[0], rel=0.1), name
         assert peak[1] == pytest.approx(peak[0], rel=0.1), name
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_zero_3_loads_a_language_model_once(results: dict[int, dict[str, Any]], dtype: str) -> None:
+    """The files are in fp32. What rank 0 gathers in the end is what loading it whole gives."""
+    first, other = (results[2]["loading"][rank][dtype] for rank in ("first", "other"))
+    assert other[0] < 1e-3  # of the model in memory before sharding
+    assert first[1] == pytest.approx(0.5, abs=0.01)
+    assert first[2]
