@@ -20,12 +20,13 @@ from typing import Any
 
 from vlm_vision.config import load_config
 from vlm_vision.dual_encoder import load_dual_encoder
-from vlm_vision.train.align import DONE_FILE, align
+from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.contrastive import train_contrastive
 from vlm_vision.train.contrastive_config import ContrastiveConfig
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import caption_loss
+from vlm_vision.train.going_on import DONE_FILE
 from vlm_vision.train.language import text_chats, warm_start_llm
 from vlm_vision.train.language_config import LanguageConfig
 from vlm_vision.train.pairs import Pairs

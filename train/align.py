@@ -18,15 +18,21 @@ from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.conversation_check import measure_for_training
-from vlm_vision.train.conversations import ChatFormat, open_conversations, read_template
+from vlm_vision.train.conversations import (
+    ChatFormat,
+    check_sources,
+    open_conversations,
+    read_template,
+)
 from vlm_vision.train.deepspeed_engine import current_device, join_ranks
 from vlm_vision.train.deepspeed_json import read_deepspeed
+from vlm_vision.train.going_on import DONE_FILE, begin_data, begin_run
 from vlm_vision.train.lean_loading import load_llm_lean
 from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
 from vlm_vision.train.plan import check_fit, picture_tokens
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process, training_attention
-from vlm_vision.train.stage import run_stage
+from vlm_vision.train.stage import micro_batch_size, run_stage
 from vlm_vision.train.tiles import TileFormat, load_newline
 from vlm_vision.train.vlm import (
     Part,
@@ -39,8 +45,6 @@ from vlm_vision.train.vlm import (
     with_vocabulary,
 )
 
-DONE_FILE = "done.json"
-
 
 @training_attention()
 def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> dict[str, dict[str, float]]:
@@ -52,6 +56,7 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
 
     Args:
         resume: skip finished stages and continue the unfinished one from its newest checkpoint, bit-exact.
+            Its config and records are those that it began with, but for what changes no number.
 
     Returns:
         Per stage: last loss, steps, seconds, conversations per second, records replaced and truncated.
@@ -63,13 +68,12 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         VlmVisionError: a loss that is not finite.
     """
     check_fit(config)
-    rank, _, _ = join_ranks()
-    for stage in config.stages:
-        if stage.deepspeed is not None:
-            read_deepspeed(stage.deepspeed)
-        if stage.quantise != "none":
-            check_quantise(config.model)
+    rank, world, _ = join_ranks()
     output = Path(output)
+    for stage in config.stages:
+        if not (output / stage.name / DONE_FILE).is_file():
+            _check_stage(config, stage, world)
+    begin_run(config, output, resume=resume, is_main=rank == 0)
     figures: dict[str, dict[str, float]] = {}
     learnt: dict[Part, Path] = {}
     for stage in config.stages:
@@ -77,11 +81,11 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
         is_last = stage is config.stages[-1]
         target = output / "model" if is_last else folder / "model"
         done = folder / DONE_FILE
-        if done.is_file() and not resume:
-            raise DataError(f"{folder} holds a finished stage: use --resume, or another output folder")
         if not done.is_file():
             prepare_process(config.seed)
             conversations = open_conversations(stage.data)
+            if rank == 0:
+                begin_data(conversations.digest(), folder)
             seen = config.model_of(stage)
             chat, tiles = text_format(seen, stage)
             measured = measure_for_training(conversations, chat, stage, folder, tiles)
@@ -102,10 +106,33 @@ def align(config: AlignConfig, output: str | Path, *, resume: bool = False) -> d
             dist.barrier()
             del model
             gc.collect()  # engine and model refer to each other
+        if not target.is_dir():
+            raise DataError(
+                f"{folder} holds a finished stage, but {target}, which it leaves there, is gone. The last "
+                "stage leaves `model`, an earlier one its own folder's: stages cannot be added behind a "
+                "finished run, or taken away. Give another output folder, and the parts in "
+                f"{output / 'model'} as `model` to begin where it ended"
+            )
         record = json.loads(done.read_text(encoding="utf-8"))
         figures[stage.name] = record["figures"]
         learnt |= {part: target / part for part in record["parts"]}
     return figures
+
+
+def _check_stage(config: AlignConfig, stage: Stage, world: int) -> None:
+    """What shows in seconds, of a later stage too: before hours of an earlier one, and before any weight.
+
+    Raises:
+        ConfigError: settings of DeepSpeed, a quantised model, a chat template, or a batch that cannot be.
+        DataError: a file or an image folder of its data is not there.
+    """
+    micro_batch_size(stage, world)
+    if stage.deepspeed is not None:
+        read_deepspeed(stage.deepspeed)
+    if stage.quantise != "none":
+        check_quantise(config.model)
+    _tokenizer(config.model, stage)
+    check_sources(stage.data)
 
 
 def text_format(config: VlmConfig, stage: Stage) -> tuple[ChatFormat, TileFormat | None]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PlainValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
@@ -32,6 +40,10 @@ def _tower_source(value: Any) -> str | TowerConfig:
     raise ValueError("must be a folder, a `source:model[@weights]`, a YAML file, or a tower's fields")
 
 
+def _tower_fields(value: str | TowerConfig) -> Any:
+    return value if isinstance(value, str) else value.model_dump(mode="json")
+
+
 class VlmConfig(Config):
     """The parts of a vision-language model.
 
@@ -45,7 +57,7 @@ class VlmConfig(Config):
         tiling: how pictures are cut into tiles of the tower's size (LLaVA's anyres); None takes each as one.
     """
 
-    tower: Annotated[str | TowerConfig, PlainValidator(_tower_source)]
+    tower: Annotated[str | TowerConfig, PlainValidator(_tower_source), PlainSerializer(_tower_fields)]
     projector: ProjectorNode = MlpConfig(depth=2)
     projector_weights: str | None = None
     llm: str

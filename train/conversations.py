@@ -229,8 +229,7 @@ class Conversations(Sequence[Record]):
         # Of every record: its number in the file, and which of its questions it is.
         self._numbers, self._questions = array("Q"), array("L")
         self._file = open_records(path)
-        if self.image_folder is not None and not self.image_folder.is_dir():
-            raise DataError(f"image folder {str(image_folder)!r} does not exist")
+        _check_folder(self.image_folder)
         for number, raw in enumerate(self._file):
             questions = 1
             try:
@@ -447,6 +446,17 @@ class MixedConversations(Sequence[Record]):
             yield self.sources[int(number)], replace(record, images=(name,))
 
 
+def check_sources(data: ConversationData) -> None:
+    """Whether all files and image folders are there, without a look at their records.
+
+    Raises:
+        DataError, MissingExtraError: as `open_conversations`.
+    """
+    for node in conversation_sources(data):
+        open_records(node.file)
+        _check_folder(node.image_folder)
+
+
 def open_conversations(data: ConversationData) -> Conversations | MixedConversations:
     """The conversations of a stage, all checked.
 
@@ -474,6 +484,11 @@ def _check_share(path: str, bad: Mapping[int, str], count: int, allowed: int) ->
         raise DataError(
             f"{path}: {len(bad)} of {count} records cannot be used, max_bad_share allows {allowed}:\n{listed}"
         )
+
+
+def _check_folder(folder: str | Path | None) -> None:
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(f"image folder {str(folder)!r} does not exist")
 
 
 def _is_within(name: str) -> bool:

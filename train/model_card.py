@@ -99,7 +99,7 @@ def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, An
         lines += [
             f"### {config['name']}",
             "",
-            "- data: " + ", ".join(f"{name} {value}" for name, value in config["data"].items() if value),
+            *_data(config["data"]),
             "- learns: " + "; ".join(_rule(rule) for rule in config["learn"]),
             f"- peak learning rate {config['lr']}, batch {config['batch_size']}, {config['precision']}, "
             f"ZeRO-{config['zero_stage']}",
@@ -107,6 +107,15 @@ def _card(model: VisionLanguageModel, form: str, stages: list[tuple[dict[str, An
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _data(data: dict[str, Any] | list[dict[str, Any]]) -> list[str]:
+    """A line for each source."""
+    sources = data if isinstance(data, list) else [data]
+    return [
+        "- data: " + ", ".join(f"{name} {value}" for name, value in source.items() if value)
+        for source in sources
+    ]
 
 
 def _pictures(model: VisionLanguageModel) -> str:

@@ -282,11 +282,16 @@ def check_fit(config: AlignConfig) -> None:
 
     Raises:
         ConfigError: a projector that the tower's grid and widths do not fit, a picture that takes more tokens
-            than a stage or the language model has room for, or a part whose config cannot be had.
+            than a stage or the language model has room for, a rule that names nothing, or a part whose config
+            cannot be had.
     """
     for stage in config.stages:
         model, tokens_per_image, tiles = _vision_language_model(config.model_of(stage))
         _check_lengths(stage, tokens_per_image, tiles, model["llm"])
+        try:
+            set_learning(model, stage.learn, stage.lora)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name!r}: {error}") from error
 
 
 def picture_tokens(config: VlmConfig) -> tuple[int, TileFormat | None]:

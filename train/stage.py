@@ -75,7 +75,7 @@ def run_stage(
         SystemExit: SIGTERM came, and a checkpoint is saved.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    micro_batch_size = _micro_batch_size(stage, world)
+    at_once = micro_batch_size(stage, world)
     data = _dataset(model, conversations, stage)
     total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
@@ -105,7 +105,7 @@ def run_stage(
     schedule = warmup_schedule(optimizer, stage.schedule, total, stage.warm_steps(total), stage.lr_floor)
     learning = sum(count for count, _ in summary.values())
     plain_attention(model.llm)
-    settings = engine_settings(stage, world, micro_batch_size, embedding_width(model.llm), learning)
+    settings = engine_settings(stage, world, at_once, embedding_width(model.llm), learning)
     if stage.zero_stage == 3:
         dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
         shard(model, settings, dtype, current_device())
@@ -119,7 +119,7 @@ def run_stage(
     began = time.perf_counter()
     loss = float("nan")
     engine.train()
-    batches = _loader(data, measured, stage, seed, start, total, micro_batch_size)
+    batches = _loader(data, measured, stage, seed, start, total, at_once)
     with Terminated() as terminated, run.progress(total, stage.name, start=start) as bar:
         for step, pieces in enumerate(batches, start=start + 1):
             # Dropout draws from here; seeding by step makes a resumed run draw the same.
@@ -250,7 +250,12 @@ def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _micro_batch_size(stage: Stage, world: int) -> int:
+def micro_batch_size(stage: Stage, world: int) -> int:
+    """Conversations that a rank runs at once.
+
+    Raises:
+        ConfigError: the batch does not divide into these.
+    """
     size = stage.micro_batch_size or stage.batch_size // world
     if size == 0 or stage.batch_size % (size * world):
         raise ConfigError(

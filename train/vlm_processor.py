@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedConfig
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 
 from vlm_vision.adapters.config import BuildArguments
@@ -116,15 +115,17 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
         Of a model with tiles, `pixel_values` are all pictures' tiles, and `image_sizes` [P,2] their (height,
         width).
 
+        Pictures are Pillow's, arrays and tensors of bytes, files or addresses, in whatever nesting.
+
         Rows of generation are padded on the left, unless `padding_side` says otherwise.
 
         Raises:
-            DataError: no text, or `<image>` marks and pictures do not match.
+            DataError: no text, a picture that cannot be read, or `<image>` marks and pictures do not match.
         """
         if text is None:
             raise DataError("a processor of a vision-language model needs `text`")
         rows = [text] if isinstance(text, str) else list(text)
-        pictures = [] if images is None else make_flat_list_of_images(images)
+        pictures = [] if images is None else self.image_processor.open_pictures(images)
         marks = sum(row.count(IMAGE_TOKEN) for row in rows)
         if marks != len(pictures):
             raise DataError(f"{marks} {IMAGE_TOKEN} in the text, but {len(pictures)} picture(s)")
@@ -141,13 +142,13 @@ class VlmProcessor(ProcessorMixin):  # type: ignore[misc]
     def _see(
         self, pictures: Sequence[Any], return_tensors: str | None
     ) -> tuple[dict[str, Any], Iterator[int]]:
-        """What pictures give a model, and how many tokens each takes."""
+        """What opened pictures give a model, and how many tokens each takes."""
         if not pictures:
             return {}, iter(())
         if self._tiles is None:
             made = self.image_processor(pictures, return_tensors=return_tensors)
             return dict(made), repeat(self.tokens_per_image)
-        pixels, sizes = self._tiles(self.image_processor.open_pictures(pictures))
+        pixels, sizes = self._tiles(pictures)
         counts = [self._tiles.num_tokens((width, height)) for height, width in sizes.tolist()]
         made = BatchFeature(
             {"pixel_values": list(pixels.numpy()), "image_sizes": sizes.tolist()}, tensor_type=return_tensors

@@ -130,6 +130,57 @@ def test_checkpoints_leave_frozen_weights_out_and_hold_no_code(data: Path, tmp_p
     assert held == pytest.approx(3 * learning, rel=0.01)  # with what fills up
 
 
+def test_a_run_goes_on_with_its_own_config_and_data_alone(data: Path, tmp_path: Path) -> None:
+    file = shutil.copy(data / "train.json", tmp_path / "train.json")
+    records = {"file": str(file), "image_folder": str(data / "images"), "workers": 0}
+    stage = {"learn": PROJECTOR, "data": records, "save_every": 4}
+    run = tmp_path / "run"
+    align(config(data, stage), run)
+    assert load_config(AlignConfig, run / "config.yaml") == config(data, stage)
+    changed = {"lr": 2e-2, "steps": 9, "data": {**records, "separate": True}}
+    for finished in (True, False):
+        if not finished:
+            (run / "stage1" / "done.json").unlink()
+        with pytest.raises(DataError) as refused:
+            align(config(data, {**stage, **changed}, llm_weights="none"), run, resume=True)
+        for words in (
+            "model.llm_weights: 'pretrained' then, 'none' now",
+            "stage1.lr: 0.01 then, 0.02 now",
+            "stage1.steps: 8 then, 9 now",
+            "stage1.data.separate: False then, True now",
+            "another output folder",
+        ):
+            assert words in str(refused.value)
+    how = {"micro_batch_size": 4, "zero_stage": 0, "log_every": 2, "data": {**records, "workers": 1}}
+    align(config(data, {**stage, **how}), run, resume=True)
+    (run / "stage1" / "done.json").unlink()
+    file.write_text(json.dumps(json.loads(file.read_text())[:12]), encoding="utf-8")
+    with pytest.raises(DataError, match="began with other data"):
+        align(config(data, stage), run, resume=True)
+
+
+def test_stages_cannot_be_added_behind_a_finished_run(data: Path, tmp_path: Path) -> None:
+    align(config(data, {"learn": PROJECTOR, "steps": 1}), tmp_path)
+    with pytest.raises(DataError, match="stages cannot be added behind a finished run"):
+        align(config(data, {"learn": PROJECTOR, "steps": 1}, {"learn": PROJECTOR}), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"learn": [{"match": "projektor.*"}]}, "'stage2': rule 'projektor"),
+        ({"learn": PROJECTOR, "chat_template": "v2"}, "chat_template 'v2' is no file"),
+        ({"learn": PROJECTOR, "data": {"file": "gone.json"}}, "'gone.json' does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_shows_before_the_first(
+    data: Path, tmp_path: Path, wrong: dict[str, Any], why: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=why):
+        align(config(data, {"learn": PROJECTOR}, wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_finished_stages_are_not_repeated(data: Path, tmp_path: Path) -> None:
     settings = config(data, {"learn": PROJECTOR}, {"learn": EVERYTHING_BUT_TOWER})
     figures = align(settings, tmp_path)
@@ -312,7 +363,9 @@ def test_an_instruction_aware_projector_learns_in_stages_and_answers(
 
 def test_random_language_model_only_when_asked_for(data: Path, tmp_path: Path) -> None:
     rules = [{"match": "projector.*"}]
-    align(config(data, {"learn": rules}, llm_weights="none", tower=TOWER), tmp_path)
+    settings = config(data, {"learn": rules}, llm_weights="none", tower=TOWER)
+    align(settings, tmp_path)
+    assert load_config(AlignConfig, tmp_path / "config.yaml") == settings
     stored, built = load_file(data / "llm" / "model.safetensors"), tensors(tmp_path / "model", "llm")
     assert not torch.equal(stored["lm_head.weight"], built["lm_head.weight"])
 

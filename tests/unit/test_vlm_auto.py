@@ -168,6 +168,17 @@ def test_several_pictures_text_alone_and_forward(model: VisionLanguageModel, pro
     assert torch.equal(logits, ours)
 
 
+def test_pictures_may_be_files(processor: Any, tmp_path: Path) -> None:
+    [picture] = pictures(1)
+    picture.save(tmp_path / "a.png")
+    for key, file in (("url", tmp_path / "a.png"), ("path", tmp_path / "a.png"), ("image", picture)):
+        parts = [{"type": "image", key: file if key == "image" else str(file)}, {"type": "text", "text": "x"}]
+        inputs = prepared(processor, [{"role": "user", "content": parts}])
+        assert torch.equal(inputs["pixel_values"], processor.image_processor.own([picture])), key
+    with pytest.raises(DataError, match=r"gone\.png"):
+        processor(images=str(tmp_path / "gone.png"), text="<image> x")
+
+
 def test_options_of_generate_reach_the_language_model(model: VisionLanguageModel, processor: Any) -> None:
     inputs = prepared(processor, talks(2))
     length = inputs["input_ids"].shape[1]

@@ -441,9 +441,17 @@ def test_the_command_exports_a_run_and_its_card_tells_of_it(
         "lr: 0.002\nbatch_size: 4\nprecision: bf16\nzero_stage: 2\n",
         encoding="utf-8",
     )
-    (stage / "done.json").write_text(
-        json.dumps({"parts": ["projector"], "figures": {"loss": 1.25}}), encoding="utf-8"
+    mixed = run / "stage2"
+    mixed.mkdir()
+    (mixed / "config.yaml").write_text(
+        "name: stage2\ndata: [{file: a.json, weight: 2.0}, {file: b.parquet}]\nlearn: [{match: llm.*}]\n"
+        "lr: 0.001\nbatch_size: 4\nprecision: bf16\nzero_stage: 2\n",
+        encoding="utf-8",
     )
+    for folder in (stage, mixed):
+        (folder / "done.json").write_text(
+            json.dumps({"parts": ["projector"], "figures": {"loss": 1.25}}), encoding="utf-8"
+        )
     assert main(["export", str(run / "model"), "--to", "transformers", "-o", str(tmp_path / "hf")]) == 0
     assert "LlavaForConditionalGeneration" in capsys.readouterr().out
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
@@ -453,6 +461,7 @@ def test_the_command_exports_a_run_and_its_card_tells_of_it(
         "file train.json",
         "match projector.*",
         "loss 1.25",
+        "- data: file a.json, weight 2.0\n- data: file b.parquet",
         "takes 16 tokens",
     ):
         assert words in card, words
