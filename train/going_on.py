@@ -12,6 +12,7 @@ from typing import Any
 
 from vlm_vision.config import load_config, save_config
 from vlm_vision.errors import DataError
+from vlm_vision.files import make_folder
 from vlm_vision.train.align_config import AlignConfig, Stage
 from vlm_vision.train.checkpoint import find_checkpoint, latest_checkpoint
 
@@ -36,6 +37,7 @@ def begin_run(config: AlignConfig, output: Path, *, resume: bool, is_main: bool)
     """Check a config against the run that it is to go on with, and keep it as the run's.
 
     Raises:
+        ConfigError: nothing can be written there.
         DataError: without `resume`, a stage that has begun; with it, such a stage, or the model or seed that
             it began with, was told otherwise. Lists all that differs.
     """
@@ -61,7 +63,7 @@ def begin_run(config: AlignConfig, output: Path, *, resume: bool, is_main: bool)
                 + "\ngive these as they were, or another output folder"
             )
     if is_main:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         save_config(config, output / CONFIG_FILE)
 
 

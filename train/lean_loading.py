@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -44,7 +44,7 @@ def load_llm_lean(source: str | Path, dtype: torch.dtype) -> nn.Module:
         )
         if (folder / "generation_config.json").is_file():
             llm.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
     check_loaded(info, source)
     make_saveable(llm)

@@ -67,12 +67,14 @@ def holds_conversations(file: str) -> bool:
     """Whether a data source is one of conversations, by its first record: captions come in tables as well.
 
     Raises:
-        DataError: it is there, and cannot be read.
+        DataError: it is there, and cannot be read or holds no record.
     """
     if not file.startswith(HUB) and not file.endswith(".parquet"):
         path = Path(file)
         if path.suffix in (".json", ".jsonl") and path.is_file():
             first = next((raw for _, _, raw in _scan(path)), None)
+            if first is None:
+                raise DataError(f"{path} holds no record")
             return isinstance(first, dict) and bool(_TALKS & first.keys())
         if not (path.is_dir() and any(path.glob("*.parquet"))):
             return False

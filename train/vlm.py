@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -37,7 +37,7 @@ from vlm_vision.adapters.config import Grid, ProjectorConfig
 from vlm_vision.adapters.projector import Projector
 from vlm_vision.adapters.qformer_config import QFormerTextConfig
 from vlm_vision.config import validate
-from vlm_vision.errors import ConfigError, DataError, WeightsError
+from vlm_vision.errors import ConfigError, DataError, WeightsError, nearest
 from vlm_vision.files import whole_folder
 from vlm_vision.preprocess import Picture
 from vlm_vision.tiling_config import TilingConfig
@@ -54,7 +54,7 @@ from vlm_vision.train.conversations import (
 from vlm_vision.train.label_loss import LossKernel, check_kernel, label_loss
 from vlm_vision.train.packing import attention_inputs
 from vlm_vision.train.tiles import TileMerger, load_newline, save_newline, set_newline, tile_format
-from vlm_vision.train.vlm_folder import FOREIGN, MODEL_TYPE
+from vlm_vision.train.vlm_folder import FOREIGN, MODEL_TYPE, is_vlm_folder
 from vlm_vision.train.vlm_import import check_loaded, read_parts
 from vlm_vision.train.vlm_processor import TOKENIZER_FOLDER, VisionLanguageConfig
 
@@ -582,7 +582,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             WeightsError: weights that do not fit.
         """
         dtype = _dtype(dtype if dtype is not None else loading.pop("torch_dtype", None))
-        refused = [name for name, value in loading.items() if name not in PASSED_ON and value is not None]
+        given = {name for name, value in loading.items() if value is not None and value is not False}
+        refused = sorted(given.difference(PASSED_ON))
         if refused:
             raise ConfigError(
                 f"{', '.join(refused)}: not offered for a {cls.__name__}; load it, then move it with `to`"
@@ -662,6 +663,7 @@ def load_llm(
         ConfigError: it cannot be found or is no causal language model.
         WeightsError: tensors are missing, unexpected or misshapen.
     """
+    check_folder(source, "language model")
     try:
         if weights == "none":
             config = AutoConfig.from_pretrained(source)
@@ -670,11 +672,24 @@ def load_llm(
         llm, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"language model {str(source)!r} cannot be loaded: {error}") from error
     check_loaded(info, source)
     make_saveable(llm)
     return llm
+
+
+def check_folder(source: str | Path, what: str) -> None:
+    """Tell a path that is not there apart from the id of a hub, which `owner/name` may be.
+
+    Raises:
+        ConfigError: such a path.
+    """
+    text = str(source)
+    looks_like_a_path = Path(text).is_absolute() or text.startswith(("./", "../", "~")) or text.count("/") > 1
+    if looks_like_a_path and not Path(text).is_dir():
+        folders = [str(other) for other in Path(text).parent.glob("*/")]
+        raise ConfigError(f"{what} {text!r}: there is no such folder{nearest(text, folders)}")
 
 
 def make_saveable(llm: Any) -> None:
@@ -691,6 +706,7 @@ def load_tokenizer(source: str | Path, chat_template: str | None = None) -> Any:
     Raises:
         ConfigError: it cannot be found.
     """
+    check_folder(source, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -763,7 +779,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} is no saved vision-language model: {error}") from error
+        inside = folder / "model"
+        hint = f"; {inside} is one" if is_vlm_folder(inside) else ""
+        raise ConfigError(f"{folder} is no saved vision-language model{hint} ({error})") from error
     return config
 
 

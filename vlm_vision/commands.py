@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_vision.errors import ConfigError, DataError, nearest, require
+from vlm_vision.files import make_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -316,6 +317,8 @@ def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
 
 def data(arguments: argparse.Namespace) -> None:
     checks = arguments.action == "check"
+    if arguments.output is not None:
+        make_folder(arguments.output)  # before the data is read
     if checks and arguments.shard_size is not None:
         raise ConfigError("--shard-size is for data pack")
     talks = _conversations_of(arguments)
@@ -597,6 +600,8 @@ def eval(arguments: argparse.Namespace) -> None:
     from vlm_vision.train.vlm import VisionLanguageModel
 
     questions = Questions(arguments.questions, arguments.images, kind=arguments.kind, prompt=arguments.prompt)
+    if arguments.output is not None:
+        make_folder(arguments.output)  # before the questions are answered
     model = VisionLanguageModel.from_pretrained(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found = examine(

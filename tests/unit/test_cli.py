@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -473,6 +474,42 @@ def test_chat_needs_a_picture_a_question_and_a_model(
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'vlm_vision[app]'" in refused(capsys, "chat", models / "vlm", "--web")
+
+
+def test_a_model_folder_that_is_not_whole_is_named(
+    models: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(folder: Path) -> str:
+        return refused(capsys, "chat", folder, "--image", pictures / "0.png", "--question", "what ?")
+
+    shutil.copytree(models / "vlm", tmp_path / "run" / "model")
+    assert f"{tmp_path / 'run' / 'model'} is one" in ask(tmp_path / "run")
+    os.truncate(tmp_path / "run" / "model" / "llm" / "model.safetensors", 1000)
+    assert "model/llm' cannot be loaded" in ask(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "model" / "llm")
+    assert "there is no such folder" in ask(tmp_path / "run" / "model")
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_done(
+    models: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a file").touch()
+    questions = tmp_path / "q.json"
+    questions.write_text('[{"image": "0.png", "question": "what ?", "answer": "x"}]', encoding="utf-8")
+    for command in (
+        ("eval", "gone", "--questions", questions, "--images", pictures),
+        ("data", "check", "gone.csv"),
+        ("export", models / "vlm", "--to", "transformers"),
+    ):
+        error = refused(capsys, *command, "-o", tmp_path / "a file" / "out")
+        assert "a file/out' cannot be written (" in error
+        assert "give another place" in error
+
+
+@pytest.mark.parametrize("content", ["", "[]", " \n"])
+def test_data_check_of_no_record(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.json").write_text(content, encoding="utf-8")
+    assert "none.json holds no record" in refused(capsys, "data", "check", tmp_path / "none.json")
 
 
 # Training and planning ----------------------------------------------------------------------------------

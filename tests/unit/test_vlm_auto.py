@@ -168,6 +168,19 @@ def test_several_pictures_text_alone_and_forward(model: VisionLanguageModel, pro
     assert torch.equal(logits, ours)
 
 
+def test_a_pipeline_of_transformers_answers(model: VisionLanguageModel, folder: Path, tmp_path: Path) -> None:
+    [picture] = pictures(1)
+    picture.save(tmp_path / "a.png")
+    parts = [{"type": "image", "url": str(tmp_path / "a.png")}, {"type": "text", "text": QUESTIONS[0]}]
+    [answer] = pipeline("image-text-to-text", model=str(folder))(
+        text=[{"role": "user", "content": parts}],
+        return_full_text=False,
+        generate_kwargs={"max_new_tokens": 6, "do_sample": False},
+    )
+    pixels = model.vision_tower.image_processor([picture])
+    assert [answer["generated_text"].strip()] == model.answer(pixels, QUESTIONS[:1], 6)
+
+
 def test_pictures_may_be_files(processor: Any, tmp_path: Path) -> None:
     [picture] = pictures(1)
     picture.save(tmp_path / "a.png")
