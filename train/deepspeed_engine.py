@@ -47,6 +47,7 @@ def join_ranks() -> tuple[int, int, torch.device]:
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated")
     # Only makes CPU collectives a little faster, and would need a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend())  # takes the group for its own; before, it sees one process
     return dist.get_rank(), dist.get_world_size(), device
 
 

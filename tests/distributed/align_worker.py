@@ -113,7 +113,7 @@ def stop(folder: Path, output: Path) -> None:
         return take(engine)
 
     stage_module.gradient_norm = send
-    for zero_stage in (0, 1, 2, 3):
+    for zero_stage in (3, 2, 1, 0):  # ZeRO-3 shards before DeepSpeed's engine has set anything up
         try:
             align(adapted(folder, zero_stage), output / f"stopped{zero_stage}")
         except SystemExit as stopped:
