@@ -50,11 +50,12 @@ OF_ALL_SOURCES = ("too_long", "workers", "check", "feature_cache")
 
 
 def _agree(sources: tuple[ConversationConfig, ...]) -> tuple[ConversationConfig, ...]:
-    for name in OF_ALL_SOURCES:
-        value = getattr(sources[0], name)
+    """All sources with what the first says of all, so that they are read back from what is saved of them."""
+    of_all = {name: getattr(sources[0], name) for name in OF_ALL_SOURCES}
+    for name, value in of_all.items():
         if any(name in other.model_fields_set and getattr(other, name) != value for other in sources[1:]):
             raise ValueError(f"{name} is of all sources: give it with the first")
-    return sources
+    return tuple(source.model_copy(update=of_all) for source in sources)
 
 
 ConversationData = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from hashlib import sha256
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm_vision.errors import DataError, nearest, require
+from vlm_vision.progress import progress_bar
 from vlm_vision.train.sources import HUB, find_files, load_files, load_hub
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ WITHIN = "#"
 """Begins the name of a picture whose bytes lie in the table: `#row.place`."""
 
 _CHUNK = 1 << 20  # bytes
+_PATIENCE = 2.0  # seconds of reading without a bar
 _ROWS = 1000  # of a table at once
 _IMAGES = ("image", "images")
 _TALKS = {"conversations", "messages"}
@@ -96,10 +99,14 @@ class JsonRecords:
     def __iter__(self) -> Iterator[Any]:
         """Raises DataError where the file is no JSON."""
         del self._starts[:], self._sizes[:]
-        for start, size, raw in _scan(self.path):
-            self._starts.append(start)
-            self._sizes.append(size)
-            yield raw
+        total, others = self.path.stat().st_size, os.environ.get("RANK", "0") != "0"
+        with progress_bar(total, f"read {self.path.name}", disable=others, delay=_PATIENCE, unit="B") as bar:
+            for start, size, raw in _scan(self.path):
+                self._starts.append(start)
+                self._sizes.append(size)
+                yield raw
+                bar.update(start + size - bar.n)
+            bar.update(total - bar.n)
 
     def __getitem__(self, index: int) -> Any:
         with self.path.open("rb") as file:

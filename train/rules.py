@@ -18,7 +18,7 @@ class Rule(Config):
 
     Attributes:
         match: shell pattern over parameter names, `*` crossing dots: `tower.*`, `*.ln_*`. Numbers between
-            dots may be a range, both ends in it: `vision_tower.*.layers.20-23.*`.
+            dots may be a range, both ends in it: `vision_tower.*blocks.20-23.*`.
         learn: `full` trains the weights, `frozen` does not, `lora` trains low-rank adapters put onto the
             linear layers and convolutions whose weight matches.
         lr: peak learning rate; None takes the run's.

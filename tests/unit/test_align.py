@@ -159,6 +159,15 @@ def test_a_run_goes_on_with_its_own_config_and_data_alone(data: Path, tmp_path: 
         align(config(data, stage), run, resume=True)
 
 
+def test_a_mix_goes_on_too(data: Path, tmp_path: Path) -> None:
+    node = {"file": str(data / "train.json"), "image_folder": str(data / "images")}
+    mix = [{**node, "workers": 0, "too_long": "refuse"}, {**node, "weight": 0.5}]
+    settings = config(data, {"learn": PROJECTOR, "steps": 1, "data": mix})
+    align(settings, tmp_path)
+    assert load_config(AlignConfig, tmp_path / "config.yaml") == settings
+    align(settings, tmp_path, resume=True)
+
+
 def test_stages_cannot_be_added_behind_a_finished_run(data: Path, tmp_path: Path) -> None:
     align(config(data, {"learn": PROJECTOR, "steps": 1}), tmp_path)
     with pytest.raises(DataError, match="stages cannot be added behind a finished run"):

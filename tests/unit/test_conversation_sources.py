@@ -212,6 +212,19 @@ def test_questions_apart_and_a_table_over_many_batches_of_rows(
     assert colours(conversations, 3) == [COLOURS["white"]]
 
 
+def test_a_file_that_takes_long_shows_how_far_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = colour_records(tmp_path, 8)
+    assert len(Conversations(file, tmp_path / "images")) == 8
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("vlm_vision.train.record_files._PATIENCE", 0.0)
+    assert len(Conversations(file, tmp_path / "images")) == 8
+    told = capsys.readouterr().err
+    assert "read train.json: 100%" in told
+    assert "B/s" in told
+
+
 def test_missing_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no parquet file"):
         Conversations(tmp_path / "nothing.parquet")

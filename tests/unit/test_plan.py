@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import pytest
 from live_memory import ALIGNER, FULL, measured_data, planned_and_measured
 from tiny import TOWER, tiny_llm
 
-from vlm_vision.config import load_config
+from vlm_vision.config import load_config, read_yaml
 from vlm_vision.dual_encoder import load_dual_encoder
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.train.align import build_model
 from vlm_vision.train.align_config import AlignConfig
 from vlm_vision.train.contrastive_config import ContrastiveConfig
-from vlm_vision.train.plan import memory_of, plan_align, plan_contrastive
+from vlm_vision.train.plan import check_fit, memory_of, plan_align, plan_contrastive
 
 STAGE = {
     "name": "one",
@@ -175,3 +176,19 @@ def test_a_json_of_ones_own_is_planned(tmp_path: Any) -> None:
     (tmp_path / "own.json").write_text('{"zero_optimization": {"reduce_bucket_size": 50}}', encoding="utf-8")
     small = plan_align(align_config(llm, file), world=1).stages[0]
     assert small.passing.backward == 4 * 50
+
+
+def test_the_rules_in_the_docs_name_parts_of_llava(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "alignment.md").read_text(encoding="utf-8")
+    block = re.search(r"## What a stage can be told\n\n```yaml\n(.*?)```", text, re.S)
+    assert block is not None
+    (tmp_path / "told.yaml").write_text(block[1], encoding="utf-8")
+    told = read_yaml(tmp_path / "told.yaml")
+    config = read_yaml(root / "configs" / "llava15_7b_stage2.yaml")
+    (stage,) = config["stages"]
+    del stage["warmup"]
+    stage = {**stage, **told, "lora": {**told["lora"], "rank": 2}}
+    for tower in (config["model"]["tower"], "open_clip:ViT-L-14-336-quickgelu@none"):
+        model = {**config["model"], "tower": tower}
+        check_fit(load_config(AlignConfig, {"model": model, "stages": [stage]}))
