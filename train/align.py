@@ -32,7 +32,7 @@ from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
 from vlm_vision.train.plan import check_fit, picture_tokens
 from vlm_vision.train.quantise import check_quantise, load_llm_nf4, onto_whole_weights
 from vlm_vision.train.run import prepare_process, training_attention
-from vlm_vision.train.stage import micro_batch_size, run_stage
+from vlm_vision.train.stage import run_stage
 from vlm_vision.train.tiles import TileFormat, load_newline
 from vlm_vision.train.vlm import (
     Part,
@@ -126,7 +126,7 @@ def _check_stage(config: AlignConfig, stage: Stage, world: int) -> None:
         ConfigError: settings of DeepSpeed, a quantised model, a chat template, or a batch that cannot be.
         DataError: a file or an image folder of its data is not there.
     """
-    micro_batch_size(stage, world)
+    stage.conversations_at_once(world)
     if stage.deepspeed is not None:
         read_deepspeed(stage.deepspeed)
     if stage.quantise != "none":

@@ -19,6 +19,7 @@ from vlm_vision.adapters.config import ProjectorNode
 from vlm_vision.adapters.lora_config import LoraConfig
 from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import Config
+from vlm_vision.errors import ConfigError
 from vlm_vision.tiling_config import TilingConfig
 from vlm_vision.tower_config import TowerConfig
 from vlm_vision.train.conversations_config import (
@@ -184,6 +185,20 @@ class Stage(Config):
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+    def conversations_at_once(self, world: int) -> int:
+        """The micro batch of each of `world` ranks.
+
+        Raises:
+            ConfigError: the batch does not divide into these.
+        """
+        size = self.micro_batch_size or self.batch_size // world
+        if size == 0 or self.batch_size % (size * world):
+            raise ConfigError(
+                f"stage {self.name!r}: batch_size {self.batch_size} does not divide into micro batches of "
+                f"{size} on {world} process(es)"
+            )
+        return size
 
     def warm_steps(self, total: int) -> int:
         """Steps of warm-up, of `total`."""

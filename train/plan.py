@@ -243,7 +243,8 @@ def plan_align(
             most.
 
     Raises:
-        ConfigError: a part whose config cannot be had, or rules that name nothing.
+        ConfigError: a part whose config cannot be had, rules that name nothing, or a batch that does not
+            divide.
         DataError: data that is there and cannot be used.
     """
     stages = []
@@ -441,9 +442,10 @@ def _deepspeed_settings(model: nn.ModuleDict, stage: Stage, world: int) -> dict[
     """What DeepSpeed is told, the stage's own JSON included."""
     if stage.deepspeed is not None:
         require("align", "deepspeed")
-    micro_batch_size = stage.micro_batch_size or max(1, stage.batch_size // world)
     learning = sum(count for count, _ in trainable_summary(model).values())
-    return engine_settings(stage, world, micro_batch_size, embedding_width(model["llm"]), learning)
+    return engine_settings(
+        stage, world, stage.conversations_at_once(world), embedding_width(model["llm"]), learning
+    )
 
 
 def _is_offloaded(zero: Mapping[str, Any], what: Literal["optimizer", "param"]) -> bool:
@@ -516,7 +518,7 @@ def _activations(model: nn.ModuleDict, stage: Stage, world: int) -> int:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return 0
     decoder, size = _decoder(model["llm"]), 2 if stage.precision == "bf16" else 4
-    tokens = (stage.micro_batch_size or max(1, stage.batch_size // world)) * stage.max_length
+    tokens = stage.conversations_at_once(world) * stage.max_length
     kept = decoder_activations(
         decoder,
         tokens,

@@ -191,7 +191,7 @@ class Questions(Sequence[Question]):
     def _checked(self, truths: tuple[Any, ...], wrong: Any, hint: str = "") -> tuple[str, ...]:
         texts = [str(truth) if isinstance(truth, (int, float)) else truth for truth in truths]
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            name = "caption" if self.kind == "captions" else "answer"
+            name = {"captions": "caption", "yes_no": "label"}.get(self.kind, "answer")
             raise wrong(f"`{name}` must be a text, got {truths!r:.80}{hint}")
         if self.kind == "yes_no":
             texts = [normalise_vqa(text) for text in texts]

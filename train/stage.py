@@ -75,7 +75,7 @@ def run_stage(
         SystemExit: SIGTERM came, and a checkpoint is saved.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    at_once = micro_batch_size(stage, world)
+    at_once = stage.conversations_at_once(world)
     data = _dataset(model, conversations, stage)
     total = stage.total_steps(data.conversations.epoch_size)
     found = find_checkpoint(folder / "checkpoints", resume)
@@ -248,21 +248,6 @@ def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:
         )
     if stage.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def micro_batch_size(stage: Stage, world: int) -> int:
-    """Conversations that a rank runs at once.
-
-    Raises:
-        ConfigError: the batch does not divide into these.
-    """
-    size = stage.micro_batch_size or stage.batch_size // world
-    if size == 0 or stage.batch_size % (size * world):
-        raise ConfigError(
-            f"stage {stage.name!r}: batch_size {stage.batch_size} does not divide into micro batches of "
-            f"{size} on {world} process(es)"
-        )
-    return size
 
 
 def _dataset(

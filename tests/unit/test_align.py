@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> 
         ({"learn": [{"match": "projektor.*"}]}, {}, "matches no parameter; did you mean 'projector'"),
         ({"max_length": 500}, {}, "max_length 500 is more than the 128 positions"),
         ({"max_length": 16}, {}, "one picture takes 16 tokens, max_length is 16"),
-        ({}, {"llm": "/nowhere/no-model"}, "'/nowhere/no-model' cannot be loaded"),
+        ({}, {"llm": "/nowhere/no-model"}, "'/nowhere/no-model': there is no such folder"),
         ({}, {"chat_template": "none.jinja"}, "none.jinja"),
     ],
 )

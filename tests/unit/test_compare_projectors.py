@@ -73,6 +73,7 @@ def test_the_command_compares_and_continues(
     assert (tmp_path / "run" / "comparison.png").stat().st_size > 5000
     assert "queries" in (tmp_path / "run" / "report.html").read_text()
     assert sorted(p.name for p in (tmp_path / "run" / "mlp-0").iterdir()) == [
+        "config.yaml",
         "projector",
         "result.json",
         "stage1",

@@ -192,3 +192,9 @@ def test_the_rules_in_the_docs_name_parts_of_llava(tmp_path: Path) -> None:
     for tower in (config["model"]["tower"], "open_clip:ViT-L-14-336-quickgelu@none"):
         model = {**config["model"], "tower": tower}
         check_fit(load_config(AlignConfig, {"model": model, "stages": [stage]}))
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    config = load_config(AlignConfig, Path(__file__).parents[2] / "configs" / "llava15_7b_stage2.yaml")
+    with pytest.raises(ConfigError, match=r"batch_size 128 does not divide into micro batches of 16 on 3"):
+        plan_align(config, world=3, records=1000)
