@@ -24,8 +24,7 @@ from vlm_vision.train.conversations import (
     open_conversations,
     read_template,
 )
-from vlm_vision.train.deepspeed_engine import current_device, join_ranks
-from vlm_vision.train.deepspeed_json import read_deepspeed
+from vlm_vision.train.deepspeed_engine import current_device, engine_settings, join_ranks
 from vlm_vision.train.going_on import DONE_FILE, begin_data, begin_run
 from vlm_vision.train.lean_loading import load_llm_lean
 from vlm_vision.train.llm_adapters import ADAPTERS_FOLDER, save_llm_lora
@@ -126,9 +125,8 @@ def _check_stage(config: AlignConfig, stage: Stage, world: int) -> None:
         ConfigError: settings of DeepSpeed, a quantised model, a chat template, or a batch that cannot be.
         DataError: a file or an image folder of its data is not there.
     """
-    stage.conversations_at_once(world)
-    if stage.deepspeed is not None:
-        read_deepspeed(stage.deepspeed)
+    share = stage.conversations_at_once(world)
+    engine_settings(stage, world, share, width=1, learning=1)  # what a JSON may not say shows in any model
     if stage.quantise != "none":
         check_quantise(config.model)
     _tokenizer(config.model, stage)

@@ -440,7 +440,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             options: for transformers' `generate`, such as `do_sample=True, temperature=0.7`.
 
         Raises:
-            DataError: pictures and `<image>` marks do not match.
+            DataError: pictures and `<image>` marks do not match, or a prompt is longer than the language
+                model's positions.
         """
         if not prompts:
             return []
@@ -449,6 +450,12 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         talks = [_as_turns(prompt, paired) for prompt in prompts]
         rows = self._prompts(talks, image_sizes)
         longest = max(map(len, rows))
+        places = getattr(self.llm.config, "max_position_embeddings", None)
+        if places is not None and longest >= places:
+            raise DataError(
+                f"a prompt of {longest} tokens leaves no room for an answer in the {places} positions of the "
+                f"language model; {self.tokens_per_image} are of each picture. Ask with fewer words or pictures"
+            )
         pad = self.chat.pad_id
         device = next(self.llm.parameters()).device
         input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)

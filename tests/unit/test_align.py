@@ -190,6 +190,14 @@ def test_what_is_wrong_with_a_later_stage_shows_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_json_at_odds_with_a_later_stage_shows_before_the_first(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"train_batch_size": 6}', encoding="utf-8")
+    later = {"learn": PROJECTOR, "deepspeed": str(tmp_path / "own.json")}
+    with pytest.raises(ConfigError, match="train_batch_size"):
+        align(config(data, {"learn": PROJECTOR}, later), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_finished_stages_are_not_repeated(data: Path, tmp_path: Path) -> None:
     settings = config(data, {"learn": PROJECTOR}, {"learn": EVERYTHING_BUT_TOWER})
     figures = align(settings, tmp_path)

@@ -281,6 +281,11 @@ def test_answers_in_a_batch_are_those_given_alone(
     assert model.answer(None, []) == []
 
 
+def test_a_prompt_beyond_the_positions_is_refused(model: VisionLanguageModel) -> None:
+    with pytest.raises(DataError, match="no room for an answer in the 128 positions"):
+        model.answer(None, ["what " * 128])
+
+
 def test_generation_follows_the_forward_pass(
     model: VisionLanguageModel, conversations: Conversations
 ) -> None:
