@@ -453,8 +453,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         places = getattr(self.llm.config, "max_position_embeddings", None)
         if places is not None and longest >= places:
             raise DataError(
-                f"a prompt of {longest} tokens, {self.tokens_per_image} of each picture, leaves no room for an "
-                f"answer in the {places} positions of the language model: ask with fewer words or pictures"
+                f"a prompt of {longest} tokens, {self.tokens_per_image} of each picture, leaves no room "
+                f"for an answer in the {places} positions of the language model: ask with fewer words or pictures"
             )
         pad = self.chat.pad_id
         device = next(self.llm.parameters()).device
