@@ -454,7 +454,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if places is not None and longest >= places:
             raise DataError(
                 f"a prompt of {longest} tokens, {self.tokens_per_image} of each picture, leaves no room "
-                f"for an answer in the {places} positions of the language model: ask with fewer words or pictures"
+                f"for an answer in the {places} positions of the model: ask with fewer words or pictures"
             )
         pad = self.chat.pad_id
         device = next(self.llm.parameters()).device
