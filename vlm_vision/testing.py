@@ -302,7 +302,11 @@ def _saving_and_loading_gives_the_same_tower(tower: VisionTower) -> None:
         _expect(_same_tensors(tower, loaded), "weights change")
         with torch.no_grad():
             pixels = _pixels(tower)
-            _expect(torch.equal(tower(pixels), loaded(pixels)), "features change")
+            features, again = tower(pixels).float(), loaded(pixels).float()
+        # The same weights lie elsewhere in memory, mapped from the file, and some CPUs' kernels then round
+        # otherwise (CoAtNet on an AMD EPYC: 4.5e-7).
+        worst = float((features - again).abs().max() / features.abs().max())
+        _expect(worst <= BATCH_TOLERANCE[tower.dtype], f"features change by {worst:.1e} of the largest")
 
 
 def _same_tensors(one: nn.Module, other: nn.Module) -> bool:

@@ -35,9 +35,10 @@ def test_the_steps_are_those_of_open_clips_loop(tmp_path: Path, monkeypatch: pyt
         if tensor.is_floating_point():
             moved = (tensor - before[name]).abs().max().item()
             worst = (tensor - ours[name]).abs().max().item()
-            # Worst difference measured, as a share of what the run moved the weight by: 5e-5, and 4.4e-4 of
-            # the biases of attention, of which the key's has a gradient of rounding alone.
-            assert worst <= (2e-3 if name.endswith("in_proj_bias") else 2e-4) * moved, (
+            # Worst difference measured, as a share of what the run moved the weight by: 5e-5 (Intel Xeon) and
+            # 2.5e-4 (AMD EPYC), and 4.4e-4 of the biases of attention, of which the key's has a gradient of
+            # rounding alone.
+            assert worst <= (2e-3 if name.endswith("in_proj_bias") else 1e-3) * moved, (
                 f"{name}: {worst:.1e} apart, moved by {moved:.1e}"
             )
 

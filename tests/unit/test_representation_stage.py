@@ -25,7 +25,7 @@ from vlm_vision.train.representation import RepresentationModel
 from vlm_vision.train.representation_config import RepresentationConfig, RepresentationValidationConfig
 from vlm_vision.train.representation_scores import validate_representation
 from vlm_vision.train.representation_stage import Learner, train_representation
-from vlm_vision.train.run import read_metrics
+from vlm_vision.train.run import read_metrics, training_attention
 
 LOSSES = ("loss", "itc", "itm", "itg", "itc_accuracy", "itm_accuracy", "grad_norm")
 
@@ -187,9 +187,11 @@ def test_held_out_pictures_are_scored_on_the_way_and_at_the_end(data: Path, tmp_
     assert scored[-1].items() >= result.items()
     whole = RepresentationModel.from_pretrained(tmp_path / "run" / "representation")
     tower = load_tower(str(data / "tower"))
-    again = validate_representation(
-        whole, tower, RepresentationValidationConfig.model_validate({**validation, "batch_size": 128})
-    )
+    # Near ties of a model this small go by rounding: so by the same kernels, in the same batches.
+    with training_attention():
+        again = validate_representation(
+            whole, tower, RepresentationValidationConfig.model_validate(validation)
+        )
     assert again == result
     assert not whole.training
 
