@@ -50,9 +50,16 @@ from vlm_vision.adapters.build import build_projector
 from vlm_vision.adapters.mlp_config import MlpConfig
 from vlm_vision.config import load_config
 from vlm_vision.preprocess import open_image
-from vlm_vision.train.align import build_model
+from vlm_vision.train.align import build_model, text_format
 from vlm_vision.train.align_config import AlignConfig
-from vlm_vision.train.conversations import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_ID, Conversations
+from vlm_vision.train.conversation_check import measure_for_training
+from vlm_vision.train.conversations import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    Conversations,
+    open_conversations,
+)
 from vlm_vision.train.cost import GPUS
 from vlm_vision.train.deepspeed_engine import join_ranks
 from vlm_vision.train.language import text_chats, train_tokenizer
@@ -60,7 +67,7 @@ from vlm_vision.train.length_groups import LengthGroups
 from vlm_vision.train.order import EpochOrder
 from vlm_vision.train.pairs import EpochBatches
 from vlm_vision.train.plan import plan_align
-from vlm_vision.train.run import prepare_process, read_metrics
+from vlm_vision.train.run import prepare_process, read_metrics, training_attention
 from vlm_vision.train.stage import run_stage
 from vlm_vision.train.vlm import PARTS, VisionLanguageModel, token_grid
 from vlm_vision.train.vlm_export import export_llava_for_transformers
@@ -348,9 +355,13 @@ def ours(arguments: argparse.Namespace, side: str, stage: str) -> dict[str, Any]
     _, _, device = join_ranks()
     prepare_process(SEED)
     model = build_model(config.model, config.stages[0], {}).to(device)
-    with tempfile.TemporaryDirectory() as folder:
+    (settings,) = config.stages
+    with tempfile.TemporaryDirectory() as folder, training_attention():
+        conversations = open_conversations(settings.data)
+        chat, _ = text_format(config.model, settings)
+        measured = measure_for_training(conversations, chat, settings, Path(folder))
         memory, clock = Memory(model), Clock()
-        figures = run_stage(model, config.stages[0], SEED, Path(folder))["figures"]
+        figures = run_stage(model, conversations, measured, settings, SEED, Path(folder))["figures"]
         mib = memory.peak()
         lines = read_metrics(Path(folder) / "metrics.jsonl")
     return {
