@@ -317,7 +317,7 @@ def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
 
 def data(arguments: argparse.Namespace) -> None:
     checks = arguments.action == "check"
-    if arguments.output is not None:
+    if checks and arguments.output is not None:
         make_folder(arguments.output)  # before the data is read
     if checks and arguments.shard_size is not None:
         raise ConfigError("--shard-size is for data pack")
