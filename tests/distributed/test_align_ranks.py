@@ -41,7 +41,7 @@ def launch(ranks: int, what: str, data: Path, output: Path, *, killed: bool = Fa
     with (output / "log").open("w+") as log:
         worker = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
         try:
-            code = worker.wait(timeout=300)
+            code = worker.wait(timeout=900)  # a slow machine is no failure
         finally:
             worker.terminate()  # torchrun then ends its ranks, which a kill would leave behind
             worker.wait(timeout=60)
