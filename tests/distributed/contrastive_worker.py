@@ -155,6 +155,9 @@ def main(task: str, data: str, output: Path) -> None:
     if is_main:
         for name, tensors in found.items():
             save_file(tensors, output / f"{name}.safetensors")
+    if dist.is_initialized():  # a thread of gloo that is left at the end aborts the process now and then
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
