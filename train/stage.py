@@ -84,11 +84,6 @@ def run_stage(
 
     _set_learning(model, stage)
     if stage.sources[0].feature_cache is not None:
-        if model.tiles is not None:
-            raise ConfigError(
-                f"stage {stage.name!r}: feature_cache keeps one tile of a picture, and this model cuts them "
-                "into several; leave feature_cache out, or set tiles: false"
-            )
         data.features = kept_features(model.vision_tower, data.conversations, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
