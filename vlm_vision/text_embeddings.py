@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -69,10 +70,11 @@ class TextCache:
         """What was written under a key; None where nothing was, or the file is damaged."""
         path = self._path(key)
         try:
-            found: Tensor = load_file(path)["embeddings"]
-            os.utime(path)
-        except (FileNotFoundError, SafetensorError, KeyError):  # another process may have just removed it
+            found: Tensor = load(path.read_bytes())["embeddings"]  # `load_file` opens it twice
+        except (FileNotFoundError, SafetensorError, KeyError):
             return None
+        with suppress(FileNotFoundError):  # another process may have just removed it
+            os.utime(path)
         return found
 
     def write(self, key: str, embeddings: Float[Tensor, "n e"]) -> None:

@@ -130,6 +130,23 @@ def test_several_writers_leave_whole_files(tmp_path: Path) -> None:
     assert all(path.suffix == ".safetensors" for path in tmp_path.iterdir())
 
 
+def test_a_file_that_another_process_removes_while_it_is_read_was_read(
+    cache: TextCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = torch.rand(3, 4)
+    cache.write("a", embeddings)
+    path, read = cache.folder / "a.safetensors", Path.read_bytes
+
+    def read_and_removed(self: Path) -> bytes:
+        content = read(self)
+        self.unlink()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_removed)
+    assert torch.equal(cache.read("a"), embeddings)
+    assert not path.exists()
+
+
 def test_the_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLM_VISION_CACHE", str(tmp_path / "mine"))
     assert TextCache.of_user().folder == tmp_path / "mine"  # type: ignore[union-attr]
