@@ -87,15 +87,16 @@ def picture_size(source: Picture) -> tuple[int, int]:
 
 def open_quickly(
     source: Picture, resized: Callable[[int, int], tuple[int, int]]
-) -> tuple[UInt8[Tensor, "3 h w"], tuple[int, int], tuple[float, float]]:
+) -> tuple[UInt8[Tensor, "h w c"], tuple[int, int], tuple[float, float]]:
     """`open_image` for pixels that are to be resized, without decoding more of a JPEG than that needs.
 
     Args:
         resized: from rows and columns of the whole picture to those it is resized to.
 
     Returns:
-        The pixels; rows and columns to resize them to; how much of their rows and columns the picture covers:
-        less than all where a scaled JPEG ends within a pixel.
+        The pixels, with a fourth channel of no meaning where the decoder adds one; rows and columns to resize
+        them to; how much of their rows and columns the picture covers: less than all where a scaled JPEG ends
+        within a pixel.
 
     Raises:
         DataError: as `open_image`.
@@ -221,7 +222,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _open_plain_jpeg(
     source: Picture, resized: Callable[[int, int], tuple[int, int]]
-) -> tuple[UInt8[Tensor, "3 h w"], tuple[int, int], tuple[float, float]] | None:
+) -> tuple[UInt8[Tensor, "h w c"], tuple[int, int], tuple[float, float]] | None:
     """`open_quickly` of a JPEG of which no more than the size need be known; None of all else.
 
     Pillow's reading of the header takes a tenth of the time that all the rest does.
@@ -271,7 +272,7 @@ def _decoding_scale(size: tuple[int, int], resized: tuple[int, int]) -> int:
     return next((scale for scale in (8, 4, 2) if scale <= most), 1)
 
 
-def _decode_whole(content: bytes) -> UInt8[Tensor, "3 h w"] | None:
+def _decode_whole(content: bytes) -> UInt8[Tensor, "h w c"] | None:
     """Pillow's bytes without its fourth channel and its copies; None where Pillow has to tell why not."""
     decode = _jpeg_decoder()
     if decode is None:
@@ -289,7 +290,8 @@ def _jpeg_decoder() -> Callable[[bytes], Tensor] | None:
         from simplejpeg import decode_jpeg
     except ImportError:
         return _torchvision_decoder()
-    return lambda content: torch.from_numpy(decode_jpeg(content)).permute(2, 0, 1)
+    # A fourth channel costs the decoder nothing, and torch would add it to resize, and take it away again.
+    return lambda content: torch.from_numpy(decode_jpeg(content, "RGBX"))
 
 
 def _torchvision_decoder() -> Callable[[bytes], Tensor] | None:
@@ -300,7 +302,9 @@ def _torchvision_decoder() -> Callable[[bytes], Tensor] | None:
     if operator is None:
         return None
     decode_jpeg, rgb = operator.default, 3
-    return lambda content: decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), rgb)
+    return lambda content: decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), rgb).permute(
+        1, 2, 0
+    )
 
 
 def _content(image: JpegImageFile) -> bytes:
@@ -309,8 +313,8 @@ def _content(image: JpegImageFile) -> bytes:
     return image.fp.read()
 
 
-def _pixels(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _pixels(image: Image.Image) -> UInt8[Tensor, "h w c"]:
+    return torch.from_numpy(np.array(image))
 
 
 def _orientation(image: Image.Image) -> int:

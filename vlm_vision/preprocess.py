@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +37,8 @@ __all__ = [
     "read_preprocess",
     "resized_size",
 ]
+# Red, green and blue in four bytes that are read as one number.
+_MASKS = [int.from_bytes(row, sys.byteorder) for row in (b"\xff\0\0\0", b"\0\xff\0\0", b"\0\0\xff\0")]
 _SHIFT = 1 / 256  # of a pixel, by which `fast` may move a picture to resize less of it
 
 
@@ -89,7 +92,7 @@ class ImageProcessor:
         squares = []
         for number, image in enumerate(several, start=1):
             try:
-                squares.append(self.to_square(image))
+                squares.append(self._to_square(image))
             except DataError as error:
                 place = f"picture {number} of {len(several)}: " if len(several) > 1 else ""
                 raise DataError(f"{place}{error}") from error
@@ -99,7 +102,7 @@ class ImageProcessor:
         if len(devices) > 1:
             names = sorted(map(str, devices))
             raise DataError(f"pictures lie on several devices ({', '.join(names)}): move them to one")
-        if len({square.shape for square in squares}) > 1:
+        if len({square.shape[:2] for square in squares}) > 1:
             return [self.normalise([square])[0] for square in squares]
         return self.normalise(squares)
 
@@ -112,14 +115,17 @@ class ImageProcessor:
         Raises:
             DataError: a picture that cannot be read.
         """
+        return self._to_square(image)[..., :3]
+
+    def _to_square(self, image: Picture) -> Num[Tensor, "h w c"]:
+        """`to_square`, with a fourth channel of no meaning where the decoder adds one."""
         if isinstance(image, Tensor) and not _is_for_pillow(image):
             return self._resize_tensors(_checked(image[None]))[0]
         if self.fast:
             pixels, size, covered = open_quickly(image, lambda *size: resized_size(self.config, *size))
             # By its strides torch tells channels-last from planes, and resizes it in half the time. Only a
             # batch that is added before the channels move has the stride that says so.
-            batch = rearrange(rearrange(pixels, "c h w -> h w c")[None], "b h w c -> b c h w")
-            return self._resize_tensors(batch, size, covered)[0]
+            return self._resize_tensors(pixels[None].permute(0, 3, 1, 2), size, covered)[0]
         opened = open_image(image)
         if self.config.resize_in == "floats":
             return self._resize_tensors(rearrange(_levels(opened), "h w c -> 1 c h w"))[0]
@@ -138,14 +144,17 @@ class ImageProcessor:
             )
 
     def normalise(
-        self, squares: Num[Tensor, "b h w 3"] | Sequence[Num[Tensor, "h w 3"]]
+        self, squares: Num[Tensor, "b h w c"] | Sequence[Num[Tensor, "h w c"]]
     ) -> Float[Tensor, "b 3 h w"]:
         """Bytes, or floats from 0 to 1, to channels-first floats with the weights' mean and spread.
+
+        Args:
+            squares: red, green and blue; bytes may have a fourth channel, which is passed over.
 
         Raises:
             ConfigError: squares of several sizes.
         """
-        if not isinstance(squares, Tensor) and len({square.shape for square in squares}) > 1:
+        if not isinstance(squares, Tensor) and len({square.shape[:2] for square in squares}) > 1:
             self.check_one_size("a batch")
         height, width, _ = squares[0].shape
         pixels = torch.empty(len(squares), 3, height, width, dtype=torch.float32, device=squares[0].device)
@@ -153,15 +162,15 @@ class ImageProcessor:
         if isinstance(squares, Tensor) and squares.device.type != "cpu":
             pairs = [(squares, pixels)]  # what a GPU wants are few calls
         for square, picture in pairs:  # one after another, each stays in the CPU's cache
-            unit = 255 if square.dtype == torch.uint8 else 1
-            planes = zip(picture.unbind(-3), square.detach().float().unbind(-1), strict=True)
-            for channel, (plane, levels) in enumerate(planes):
-                mean, std = self.config.mean[channel], self.config.std[channel]
+            units = _split(square.detach(), picture)
+            for plane, unit, mean, std in zip(
+                picture.unbind(-3), units, self.config.mean, self.config.std, strict=True
+            ):
                 if self.fast:  # one pass for three, and the last bit
                     shift = torch.full((), -mean / std, dtype=torch.float32, device=plane.device)
-                    torch.add(shift, levels, alpha=1 / (unit * std), out=plane)
+                    torch.add(shift, plane, alpha=1 / (unit * std), out=plane)
                 else:
-                    torch.div(levels, unit, out=plane).sub_(mean).div_(std)
+                    plane.div_(unit).sub_(mean).div_(std)
         return pixels
 
     def denormalise(self, pixels: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b h w 3"]:
@@ -209,10 +218,10 @@ class ImageProcessor:
 
     def _resize_tensors(
         self,
-        pictures: Num[Tensor, "b 3 height width"],
+        pictures: Num[Tensor, "b c height width"],
         size: tuple[int, int] | None = None,
         covered: tuple[float, float] | None = None,
-    ) -> Num[Tensor, "b h w 3"]:
+    ) -> Num[Tensor, "b h w c"]:
         """`_resize` by torch: bytes to bytes, floats from 0 to 1 to the like.
 
         Args:
@@ -248,7 +257,7 @@ class ImageProcessor:
             return resized[..., top : top + height, left : left + width].permute(0, 2, 3, 1)
         edges = (-left, left + width - columns, -top, top + height - rows)
         levels = [level if in_bytes else level / 255 for level in _fill(config)]
-        planes = zip(resized.unbind(1), levels, strict=True)
+        planes = zip(resized[:, :3].unbind(1), levels, strict=True)
         return torch.stack([functional.pad(plane, edges, value=level) for plane, level in planes], dim=-1)
 
 
@@ -315,11 +324,11 @@ def _fill(config: PreprocessConfig) -> tuple[int, int, int]:
 
 
 def _interpolate(
-    pictures: Num[Tensor, "b 3 height width"],
+    pictures: Num[Tensor, "b c height width"],
     size: tuple[int, int],
     ratios: tuple[float, float] | None,
     config: PreprocessConfig,
-) -> Num[Tensor, "b 3 rows columns"]:
+) -> Num[Tensor, "b c rows columns"]:
     """`torch.nn.functional.interpolate`, which takes a size or ratios, but not both."""
     _check_torch_knows(config)
     resize = getattr(torch.ops.aten, f"_upsample_{config.interpolation}2d_aa")
@@ -370,6 +379,19 @@ def _checked(pictures: Tensor) -> Num[Tensor, "b 3 height width"]:
                 f"a tensor of floats from {least:g} to {most:g}: give 0 to 1, or bytes (torch.uint8)"
             )
     return pictures
+
+
+def _split(square: Num[Tensor, "*b h w c"], planes: Float[Tensor, "*b 3 h w"]) -> Sequence[int]:
+    """Write red, green and blue to planes of their own, and tell for each the number that stands for 1."""
+    if square.shape[-1] == 3:
+        planes.copy_(square.movedim(-1, -3))
+        return [255 if square.dtype == torch.uint8 else 1] * 3
+    # A mask picks from whole pixels in vectors what a stride picks one by one.
+    pixels = square.view(torch.int32)[..., 0]
+    for plane, mask in zip(planes.unbind(-3), _MASKS, strict=True):
+        picked = torch.bitwise_and(pixels, mask, out=plane.view(torch.int32))
+        plane.copy_(picked)  # number by number in its own place, which spares the cache another plane
+    return _MASKS
 
 
 def _is_for_pillow(pixels: Tensor) -> bool:
