@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["import", "swap"])
 def test_python_snippets(name: str, folder: Path) -> None:
-    subprocess.run([sys.executable, "-c", BLOCKS[name]], cwd=folder, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", BLOCKS[name]], cwd=folder, check=True, timeout=900)
 
 
 def test_adapt_snippet(folder: Path) -> None:
@@ -45,7 +45,7 @@ def test_adapt_snippet(folder: Path) -> None:
             shell=True,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr
     assert "circle" in done.stdout

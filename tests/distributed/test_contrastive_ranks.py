@@ -23,7 +23,7 @@ def launch(ranks: int, task: str, data: Path, output: Path) -> None:
     output.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, str(WORKER), task, str(data), str(output)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stderr[-4000:]
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(folder: Path, output: Path, *, ranks: int = 2, die: int = 0) -> subprocess.CompletedProcess[str]:
     """Fresh processes: other tests leave settings of torch's kernels behind in theirs."""
     command = [*LAUNCHER, str(ranks), str(WORKER), str(folder), str(output), str(die)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +79,7 @@ def test_a_rank_that_is_killed_costs_its_shard_alone(folder: Path) -> None:
 def test_the_command_tells_an_error_once(folder: Path) -> None:
     command = [*LAUNCHER, "2", "-m", "vlm_vision.cli", "features", str(folder / "tower")]
     command += [str(folder / "pictures"), "-o", str(folder / "alone"), "--layer", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode != 0
     assert finished.stderr.count("error: ") == 1
     assert "was begun with layers [2], now [1]" in finished.stderr

@@ -48,7 +48,7 @@ def launch(folder: Path, output: Path, *command: Any) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

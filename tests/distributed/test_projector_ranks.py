@@ -26,7 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # As on a machine without a compiler.
     environment = {**os.environ, "PATH": "", "HOME": str(output), "TORCH_EXTENSIONS_DIR": str(output / "jit")}
     finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return output

@@ -25,7 +25,7 @@ def on_ranks(ranks: int, config: dict[str, Any], output: Path) -> list[dict[str,
     command = [sys.executable, *launcher, str(WORKER), json.dumps(config), str(output)]
     environment = {**os.environ, "PYTHONPATH": str(WORKER.parents[1])}
     finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(ranks)]

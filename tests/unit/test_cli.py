@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,15 +88,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # The frame ----------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_command_and_comes_at_once() -> None:
-    start = time.perf_counter()
+def test_help_names_every_command_and_reads_no_library() -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "vlm_vision.cli", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert time.perf_counter() - start < 1
     for command in COMMANDS:
         assert f"    {command}" in result.stdout
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines()}
