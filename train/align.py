@@ -14,7 +14,7 @@ import torch.distributed as dist
 from vlm_vision.adapters.build import build_projector, load_projector
 from vlm_vision.adapters.lora import merge_lora
 from vlm_vision.adapters.projector_keys import load_projector_weights
-from vlm_vision.errors import ConfigError, DataError
+from vlm_vision.errors import DataError
 from vlm_vision.tower import load_tower
 from vlm_vision.train.align_config import AlignConfig, Stage, VlmConfig
 from vlm_vision.train.conversation_check import measure_for_training
@@ -122,15 +122,9 @@ def _check_stage(config: AlignConfig, stage: Stage, world: int) -> None:
     """What shows in seconds, of a later stage too: before hours of an earlier one, and before any weight.
 
     Raises:
-        ConfigError: kept features of tiles, settings of DeepSpeed, a quantised model, a chat template, or a
-            batch that cannot be.
+        ConfigError: settings of DeepSpeed, a quantised model, a chat template, or a batch that cannot be.
         DataError: a file or an image folder of its data is not there.
     """
-    if stage.sources[0].feature_cache is not None and config.model_of(stage).tiling is not None:
-        raise ConfigError(
-            f"stage {stage.name!r}: feature_cache keeps one tile of a picture, and this model cuts them "
-            "into several; leave feature_cache out, or set tiles: false"
-        )
     share = stage.conversations_at_once(world)
     engine_settings(stage, world, share, width=1, learning=1)  # what a JSON may not say shows in any model
     if stage.quantise != "none":

@@ -12,10 +12,9 @@ from __future__ import annotations
 import base64
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from torch.utils.data import Dataset
 from vlm_vision.errors import DataError
 from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.files import is_inside
-from vlm_vision.picture_list import ListedPicture, NamedBytes
+from vlm_vision.picture_list import NamedBytes
 from vlm_vision.pictures import picture_size
 from vlm_vision.preprocess import ImageProcessor, open_image
 from vlm_vision.train.chat_format import (
@@ -283,26 +282,13 @@ class Conversations(Sequence[Record]):
         """Which records each epoch shows, and where; a function of the seed alone."""
         return EpochOrder([UniformShuffle(len(self), seed)], seed, weights=[self.weight])
 
-    def readings(self) -> Counter[ListedPicture]:
-        """Every picture that can be read, and by how many records; known by the name that records give.
-
-        Raises:
-            DataError: pictures have no files of their own.
-        """
-        names = Counter[str]()
-        for index in range(len(self)):
-            if index not in self.bad:
-                names.update(self[index].images)
-        readings = Counter[ListedPicture]()
-        for name, count in sorted(names.items()):
-            if _is_within(name):
-                raise DataError(
-                    f"{self.path}: picture {name:.40} lies within the data, and features are kept of files "
-                    "alone: leave feature_cache out, or write the pictures to files"
-                )
-            with suppress(DataError):  # a picture outside the folder is told of when its record comes up
-                readings[ListedPicture(name, self._resolve(name, ""))] = count
-        return readings
+    def content(self, record: Record, place: int) -> bytes:
+        """The bytes of the record's picture at a place, encoded as they lie there; raises as `pictures`."""
+        try:
+            source = self._source(record.images[place], record.id)
+            return source.getvalue() if isinstance(source, NamedBytes) else Path(source).read_bytes()
+        except (DataError, OSError) as error:
+            raise DataError(f"{self.path}: record {record.id!r}: {error}") from error
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """The record's pictures, opened.
@@ -421,15 +407,10 @@ class MixedConversations(Sequence[Record]):
         for source, own in self._by_source(record):
             source.check_paths(own)
 
-    def readings(self) -> Counter[ListedPicture]:
-        """As `Conversations.readings`."""
-        return Counter(
-            {
-                picture._replace(name=f"{number}:{picture.name}"): count
-                for number, source in enumerate(self.sources)
-                for picture, count in source.readings().items()
-            }
-        )
+    def content(self, record: Record, place: int) -> bytes:
+        """As `Conversations.content`."""
+        ((source, own),) = self._by_source(replace(record, images=(record.images[place],)))
+        return source.content(own, 0)
 
     def pictures(self, record: Record) -> list[Image.Image]:
         """As `Conversations.pictures`."""
@@ -506,6 +487,12 @@ def _decoded(url: str) -> bytes:
         raise DataError(f"picture {url:.40} is no base64 data URL ({error})") from None
 
 
+def feature_names(content: bytes, tiles: int) -> list[str]:
+    """What the features of a picture are known by where they are kept: its bytes, and which tile it is."""
+    digest = sha256(content).hexdigest()
+    return [f"{digest}.{tile}" for tile in range(tiles)]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One conversation ready for the model.
@@ -513,7 +500,8 @@ class Sample:
     Attributes:
         input_ids, labels: [T].
         pixels: [pictures, 3, H, W], of all their tiles where there are tiles; or None for text alone.
-        patches: [pictures, N, D], what the tower makes of them, where that is kept; pixels are None then.
+        patches: [pictures, N, D], or of all their tiles, what the tower makes of them, where that is kept;
+            pixels are None then.
         image_sizes: [pictures, 2], their (height, width) where they are in tiles.
         instructions: [tokens] that the projector reads with each picture, if it reads text.
         replaced: (record index, reason) of bad records that this one stands in for.
@@ -541,7 +529,7 @@ class ConversationDataset(Dataset[Sample]):
     """Samples of conversations. A bad record is replaced by the next good one, the same at every visit.
 
     Args:
-        features: patches by the name of the picture, in place of pixels; a picture that has none is bad.
+        features: patches by `feature_names`, in place of pixels; a picture that has none is bad.
         instructions: for a projector that reads text.
         tiles: how pictures are cut, where they are.
 
@@ -598,12 +586,16 @@ class ConversationDataset(Dataset[Sample]):
             encoded = self._encode(record.turns, counts)
         except DataError as error:
             raise DataError(f"{record.file}: record {record.id!r}: {error}") from error
-        pixels, sizes = self._pixels(record) if self.features is None else (None, None)
+        patches = None
+        if self.features is None:
+            pixels, sizes = self._pixels(record)
+        else:
+            pixels, (patches, sizes) = None, self._patches(self.features, record)
         return Sample(
             torch.tensor(encoded.input_ids),
             torch.tensor(encoded.labels),
             pixels,
-            None if self.features is None else self._patches(self.features, record),
+            patches,
             () if self.instructions is None else tuple(self.instructions(record.turns)),
             replaced,
             encoded.truncated,
@@ -620,13 +612,23 @@ class ConversationDataset(Dataset[Sample]):
             [self.image_processor.to_square(picture) for picture in pictures]
         ), None
 
-    def _patches(self, features: FeatureShards, record: Record) -> Tensor:
-        for name in record.images:
-            if name not in features:
+    def _patches(self, features: FeatureShards, record: Record) -> tuple[Tensor, Tensor | None]:
+        if not record.images:
+            return torch.empty(0, *features.manifest.shape), None
+        sizes = None if self.tiles is None else self.conversations.sizes(record)
+        rows = []
+        for place, shown in enumerate(record.images):
+            count = 1 if sizes is None or self.tiles is None else self.tiles.num_tiles(sizes[place])
+            names = feature_names(self.conversations.content(record, place), count)
+            if not all(name in features for name in names):
                 self.conversations.pictures(record)  # says what is wrong with it
-                raise DataError(f"{record.file}: {name!r} has no features in {features.folder}")
-        rows = [features[name] for name in record.images]
-        return torch.stack(rows) if rows else torch.empty(0, *features.manifest.shape)
+                raise DataError(
+                    f"{record.file}: record {record.id!r}: picture {shown:.40} has no features in "
+                    f"{features.folder}: it was not there, or another, when the stage began"
+                )
+            rows += [features[name] for name in names]
+        heights = None if sizes is None else torch.tensor([(height, width) for width, height in sizes])
+        return torch.stack(rows), heights
 
     def _encode(self, turns: tuple[Turn, ...], counts: tuple[int, ...] | None) -> Encoded:
         """Tokens of a conversation; kept for the next time, as the same is asked about many pictures."""
@@ -663,7 +665,8 @@ class Batch:
         input_ids, attention_mask, labels: [B,T]; packed, the mask counts the samples of a row from 1.
         position_ids: [B,T], anew with each sample; None where they are not packed.
         pixels: [P,3,H,W], pictures of all samples in order, or all their tiles; or None.
-        patches: [P,N,D] in their place where a tower's features are kept, P = 0 for text alone; or None.
+        patches: [P,N,D] in their place, a tile each as well, where a tower's features are kept; P = 0 for
+            text alone; or None.
         text: `text_ids` and `text_mask` [P,T], what is asked about each picture; or None.
         replaced, truncated: what happened to its samples.
         image_sizes: [P,2], (height, width) of all pictures in order, where they are in tiles; or None.

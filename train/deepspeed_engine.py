@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vlm_vision.errors import WeightsError, require
+from vlm_vision.errors import ConfigError, WeightsError, require
 from vlm_vision.train.align_config import Stage
 from vlm_vision.train.deepspeed_json import merge_deepspeed
 
@@ -71,7 +71,7 @@ def engine_settings(
         learning: parameters that learn; no bucket need hold more.
 
     Raises:
-        ConfigError: as `merge_deepspeed`.
+        ConfigError: as `merge_deepspeed`; what goes to NVMe, in a stage that saves within.
     """
     bucket = min(learning + learning % 2, 500_000_000)  # DeepSpeed asserts that it is even
     zero: dict[str, Any] = {
@@ -110,7 +110,17 @@ def engine_settings(
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
     }
-    return settings if stage.deepspeed is None else merge_deepspeed(settings, stage.deepspeed)
+    if stage.deepspeed is None:
+        return settings
+    settings = merge_deepspeed(settings, stage.deepspeed)
+    for part in ("offload_optimizer", "offload_param"):
+        place = (settings["zero_optimization"].get(part) or {}).get("device")
+        if place == "nvme" and stage.save_every is not None:
+            raise ConfigError(
+                f"{stage.deepspeed}: zero_optimization.{part}.device is 'nvme', and what is there cannot be "
+                f"saved: write 'cpu', or leave save_every of stage {stage.name!r} out"
+            )
+    return settings
 
 
 def start_engine(

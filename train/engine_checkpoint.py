@@ -194,7 +194,7 @@ def _hold_shards(optimizer: Any, adam: torch.optim.Optimizer, names: Mapping[Ten
     """ZeRO-3: each rank has as many elements of every parameter, the last ones padding."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise ConfigError(
-            "a stage that offloads to NVMe cannot save: offload to the CPU, or leave save_every out"
+            "what is offloaded to NVMe can be neither saved within a stage nor read back: offload to the CPU"
         )
     pieces, ranks = {}, set()
     for group in optimizer.fp16_groups:

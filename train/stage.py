@@ -84,7 +84,7 @@ def run_stage(
 
     _set_learning(model, stage)
     if stage.sources[0].feature_cache is not None:
-        data.features = kept_features(model.vision_tower, data.conversations, stage, total)
+        data.features = kept_features(model.vision_tower, data.conversations, data.tiles, stage, total)
     summary = trainable_summary(model)
     if run.is_main:
         print(f"stage {stage.name!r}: {total} steps, batch {stage.batch_size}, ZeRO-{stage.zero_stage}")

@@ -41,7 +41,14 @@ from vlm_vision.feature_shards import (
 )
 from vlm_vision.feature_stream import Encoder, FilledShard, ShardBuffer, Work, stream_features
 from vlm_vision.files import whole_file
-from vlm_vision.picture_list import ListedPicture, check_names, hash_of, list_pictures
+from vlm_vision.picture_list import (
+    ListedPicture,
+    Opener,
+    check_names,
+    hash_of,
+    list_pictures,
+    open_pictures,
+)
 from vlm_vision.progress import progress_bar
 from vlm_vision.tower import VisionTower
 from vlm_vision.weights import fingerprint
@@ -83,6 +90,7 @@ def extract_features(
     shard_size: int | None = None,
     format: ShardFormat | None = None,
     max_bad_share: float = 0.05,
+    opener: Opener = open_pictures,
 ) -> Extraction | None:
     """Write the features of a data set as shards that `FeatureShards` reads, or those that are absent.
 
@@ -97,6 +105,7 @@ def extract_features(
         shard_size: pictures of a shard; None is what the folder has, or as many as stay under 1 GiB.
         format: None is what the folder has, or safetensors.
         max_bad_share: pictures that cannot be read are left out, counted and listed up to this share.
+        opener: opens listed pictures that are no files or members of tars.
 
     Returns:
         What is there, in the process of rank 0, once all is; None in the others, which may end before.
@@ -154,7 +163,7 @@ def extract_features(
         writer = stack.enter_context(ThreadPoolExecutor(1))
         works = _works(pictures, manifest, ranks.claim(start.absent), batch_size)
         for shard in stream_features(
-            encoder, works, free_buffer, tally.add, workers=_workers(workers), device=device
+            encoder, works, free_buffer, tally.add, workers=_workers(workers), device=device, opener=opener
         ):
             saved.append(writer.submit(_save, folder / manifest.file(shard.number), shard))
         while saved:

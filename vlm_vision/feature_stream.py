@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.feature_shards import Bad
-from vlm_vision.picture_list import ListedPicture, open_pictures
+from vlm_vision.picture_list import ListedPicture, Opener, open_pictures
 from vlm_vision.preprocess import ImageProcessor
 from vlm_vision.tower import VisionTower
 
@@ -116,6 +116,7 @@ def stream_features(
     *,
     workers: int,
     device: torch.device,
+    opener: Opener = open_pictures,
 ) -> Iterator[FilledShard]:
     """Decode pictures and run the model on them; each shard as soon as its last batch is on the way.
 
@@ -123,12 +124,13 @@ def stream_features(
         works: asked for some batches ahead of the model.
         free_buffer: gives the memory of the next shard; may wait for it.
         count: told of each batch: its pictures, and those of them that could not be read.
+        opener: opens the pictures of a batch, in a worker.
 
     Raises:
         OSError: a tar cannot be read.
     """
     loader = DataLoader(
-        _Decoder(encoder.tower.image_processor, encoder.tower.dtype),
+        _Decoder(encoder.tower.image_processor, encoder.tower.dtype, opener),
         sampler=works,
         batch_size=None,
         collate_fn=_as_is,
@@ -167,13 +169,13 @@ class _Batch(NamedTuple):
 class _Decoder(Dataset[Any]):
     """Work to a batch, in a worker. An error comes back in its place: one raised turns into a traceback."""
 
-    def __init__(self, processor: ImageProcessor, dtype: torch.dtype) -> None:
-        self.processor, self.dtype = processor, dtype
+    def __init__(self, processor: ImageProcessor, dtype: torch.dtype, opener: Opener) -> None:
+        self.processor, self.dtype, self.opener = processor, dtype, opener
 
     def __getitem__(self, work: Work) -> _Batch | OSError:
         squares, names, bad = [], [], []
         try:
-            for picture, opened in zip(work.pictures, open_pictures(work.pictures), strict=True):
+            for picture, opened in zip(work.pictures, self.opener(work.pictures), strict=True):
                 if isinstance(opened, DataError):
                     bad.append(Bad(picture.name, str(opened)))
                 else:

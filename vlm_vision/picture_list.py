@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -42,6 +42,10 @@ class ListedPicture(NamedTuple):
     @property
     def place(self) -> str:
         return self.file if self.offset is None else f"{self.file}: {self.name}"
+
+
+Opener = Callable[[Sequence[ListedPicture]], Iterator[Image.Image | DataError]]
+"""Opens listed pictures as `open_pictures` does; worker processes get a copy."""
 
 
 def list_pictures(sources: Sequence[str | Path]) -> list[ListedPicture]:

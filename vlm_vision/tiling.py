@@ -44,16 +44,19 @@ def tile_picture(
         DataError: a picture that is not RGB, or too thin for every size that the config offers.
         ConfigError: sizes that tiles do not fill, or a tower that keeps the shapes of pictures.
     """
+    return processor.normalise([processor.to_square(tile) for tile in cut_picture(image, processor, config)])
+
+
+def cut_picture(image: Image.Image, processor: ImageProcessor, config: TilingConfig) -> list[Image.Image]:
+    """The tiles of a picture before the image processor; arguments and errors are those of `tile_picture`."""
     if image.mode != "RGB":
         raise DataError(
             f"picture of mode {image.mode!r}: open it with vlm_vision.open_image, which gives RGB"
         )
     processor.check_one_size("tiles")
     if config.mode == "anyres":
-        tiles = [_thumbnail(image, processor), *_parts(image, processor, config)]
-    else:
-        tiles = [_expand_to_square(image, processor) if config.mode == "pad" else image]
-    return processor.normalise([processor.to_square(tile) for tile in tiles])
+        return [_thumbnail(image, processor), *_parts(image, processor, config)]
+    return [_expand_to_square(image, processor) if config.mode == "pad" else image]
 
 
 def tile_grid(

@@ -187,8 +187,9 @@ def run_all(folder: Path, results: Results) -> None:
         results.run(settings, f"tiles{zero_stage}")
     files = config(folder, 3).stages[0].data.model_dump() | {"feature_cache": str(results.output / "kept")}
     frozen_tower = [{"match": "projector.*"}, {"match": "llm.*"}]
-    results.run(config(folder, 3, data=files, learn=frozen_tower), "kept3")
-    results.run(config(folder, 3, learn=frozen_tower), "frozen3")
+    for name, tiles in (("", {}), ("_tiles", {"tiling": TILING, "max_length": 128})):
+        results.run(config(folder, 3, data=files, learn=frozen_tower, **tiles), f"kept{name}3")
+        results.run(config(folder, 3, learn=frozen_tower, **tiles), f"frozen{name}3")
     if dist.get_world_size() == 2:
         results["loading"] = lean_loading(folder / "measured")
         results["memory"] = {}

@@ -198,8 +198,7 @@ def test_one_picture_in_a_column_and_rows_that_are_wrong(tmp_path: Path) -> None
     assert conversations.bad.keys() == {1}
     assert "record '1': 1 <image> in the text, but 0 picture(s)" in conversations.bad[1]
     assert colours(conversations, 0) == [COLOURS["red"]]
-    with pytest.raises(DataError, match="lies within the data, and features are kept of files alone"):
-        conversations.readings()
+    assert conversations.content(conversations[0], 0) == png("red")
 
 
 def test_questions_apart_and_a_table_over_many_batches_of_rows(
@@ -258,8 +257,10 @@ def test_several_sources_are_one_after_another_each_with_its_folder(tmp_path: Pa
     (tmp_path / "two" / "images" / "0.png").write_bytes(png("white"))
     assert colours(mixed, 0) == [COLOURS["red"]]
     assert colours(mixed, 6) == [COLOURS["white"]]
-    names = [picture.name for picture in mixed.readings()]
-    assert sorted(names) == [f"0:{n}.png" for n in range(6)] + [f"1:{n}.png" for n in range(4)]
+    assert mixed.content(mixed[6], 0) == png("white")
+    (tmp_path / "two" / "images" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"two.*record 'r0'.*0\.png"):
+        mixed.content(mixed[6], 0)
 
 
 def test_weights_say_how_often_an_epoch_shows_a_record(tmp_path: Path) -> None:

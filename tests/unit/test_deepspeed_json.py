@@ -103,3 +103,16 @@ def test_what_is_wrong_is_told(tmp_path: Path, content: Any, said: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         settings(None, deepspeed=str(tmp_path / "absent.json"))
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+def test_what_goes_to_nvme_cannot_be_saved(tmp_path: Path, part: str) -> None:
+    file = tmp_path / "d.json"
+    content = {"zero_optimization": {part: {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    with pytest.raises(ConfigError) as refused:
+        settings(file, content, save_every=2)
+    for said in (str(file), f"zero_optimization.{part}.device", "'cpu'", "stage 's'", "save_every"):
+        assert said in str(refused.value)
+    assert settings(file, content)["zero_optimization"][part]["device"] == "nvme"
+    content["zero_optimization"][part] = {"device": "cpu"}
+    assert settings(file, content, save_every=2)["zero_optimization"][part]["device"] == "cpu"

@@ -683,15 +683,3 @@ def test_stages_without_tiles_are_checked(folder: Path) -> None:
     del tree["model"]["tiling"]
     with pytest.raises(ConfigError, match="is of a stage of a model with `tiling`, and this one has none"):
         load_config(AlignConfig, tree)
-
-
-def test_kept_features_are_refused(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    from vlm_vision.config import load_config
-    from vlm_vision.train.align import align
-    from vlm_vision.train.align_config import AlignConfig
-
-    tree = align_tree(folder)
-    tree["stages"][0]["data"]["feature_cache"] = str(tmp_path / "kept")
-    with pytest.raises(ConfigError, match="keeps one tile of a picture"):
-        align(load_config(AlignConfig, tree), tmp_path / "run")
