@@ -61,7 +61,8 @@ def export_llava_for_transformers(
 
     Of a model with tiles it is a `LlavaNextForConditionalGeneration`, with `image_newline`.
 
-    The layout is the classic one of llava-hf, which every version of transformers and vLLM read:
+    The layout is the classic one of llava-hf, which every version of transformers reads, and vLLM too but for
+    several layers of a tower without tiles (its Llava has one alone):
     `language_model.*`, `vision_tower.vision_model.*` with all layers (freed ones as zeros, which change
     nothing), `multi_modal_projector.linear_1` and `linear_2`. `<image>` becomes a token of the vocabulary;
     where that must grow for it, new rows are the mean of the others, so that their logits are the mean of
@@ -70,8 +71,8 @@ def export_llava_for_transformers(
     Args:
         source: the folder that the model was loaded from, for what the card tells of its training.
         lora: adapters of the language model, taken apart from it: `folder/adapter`, for
-            `peft.PeftModel.from_pretrained(model, ...)` and vLLM's `--lora-modules`. Layers have the names of
-            transformers from 4.52 on.
+            `peft.PeftModel.from_pretrained(model, ...)` and vLLM's `--lora-modules` (LoRA; it has no DoRA).
+            Layers have the names of transformers from 4.52 on.
 
     Raises:
         ConfigError: a tower, a projector or a language model for which Llava has no slot, or pixels that no

@@ -304,10 +304,13 @@ def _export_vlm(arguments: argparse.Namespace, output: Path) -> None:
         export_llava_for_transformers(model, output, source=arguments.source, lora=lora)
         kind = "Llava" if model.tiles is None else "LlavaNext"
         print(f"{output}: transformers.{kind}ForConditionalGeneration.from_pretrained, and AutoProcessor")
+        layers = len(model.vision_tower.layers)
+        vllm_loads = model.tiles is not None or layers == 1
+        if not vllm_loads:
+            print(f"  vLLM does not load it: its Llava reads one layer of the tower, not {layers}")
         if lora is not None:
-            print(
-                f"{output / LORA_FOLDER}: peft.PeftModel.from_pretrained(model, ...), vLLM's --lora-modules"
-            )
+            vllm = ", vLLM's --lora-modules" if vllm_loads and not lora.settings["use_dora"] else ""
+            print(f"{output / LORA_FOLDER}: peft.PeftModel.from_pretrained(model, ...){vllm}")
         return
     export_llava(model, output, source=arguments.source, lora=lora)
     base, name = (None, "llava") if lora is None else (lora.settings["base_model_name_or_path"], "llava-lora")

@@ -407,6 +407,16 @@ def test_a_head_that_llava_does_not_have_is_refused_unless_it_adds_nothing(tmp_p
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.parametrize("layer", [-2, [1, 2]])
+def test_the_command_tells_what_vllm_does_not_load(
+    layer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path, tiny_tower(layer=layer)).save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--to", "transformers", "-o", str(tmp_path / "hf")]) == 0
+    told = "vLLM does not load it: its Llava reads one layer of the tower, not 2" in capsys.readouterr().out
+    assert told == (layer == [1, 2])
+
+
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

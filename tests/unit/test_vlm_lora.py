@@ -63,11 +63,15 @@ def export(run: Path, folder: Path, *options: str) -> Path:
 
 
 @torch.no_grad()
-def test_transformers_and_peft_compute_what_merged_weights_do(run: Path, tmp_path: Path) -> None:
+def test_transformers_and_peft_compute_what_merged_weights_do(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft import PeftModel
 
     merged_folder = export(run, tmp_path / "merged", "--to", "transformers")
     folder = export(run, tmp_path / "apart", "--to", "transformers", "--lora", "apart")
+    is_dora = json.loads((folder / "adapter" / "adapter_config.json").read_text())["use_dora"]
+    assert ("vLLM's --lora-modules" in capsys.readouterr().out) == (not is_dora)  # it serves no DoRA
     merged = LlavaForConditionalGeneration.from_pretrained(merged_folder).eval()
     base: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     image = base.config.image_token_id
