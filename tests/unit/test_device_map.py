@@ -171,6 +171,13 @@ def test_an_offloaded_tower_is_neither_saved_nor_given_a_data_set(tmp_path: Path
         extract_file(tower, [tmp_path], tmp_path / "features.safetensors")
 
 
+@pytest.mark.parametrize("move", ["to", "half", "cpu"])
+def test_a_tower_whose_layers_wait_is_neither_moved_nor_cast(move: str, tmp_path: Path) -> None:
+    tower = tiny_tower(device_map={"": "cpu", f"{BLOCKS}.0": "disk"}, offload_folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be moved, nor cast where layers wait .*; load it anew"):
+        getattr(nn.Sequential(tower), move)(*(["cpu"] if move == "to" else []))
+
+
 @pytest.mark.parametrize(
     ("device_map", "options", "says"),
     [
@@ -235,6 +242,9 @@ def test_layers_on_two_gpus_are_given_their_tokens(kind: str, monkeypatch: pytes
         assert tower.get_submodule(names[1]).state_dict().popitem()[1].device == torch.device("cuda:1")
         if tower.config.keeps_head:
             assert tower.pooled(pixels).device == tower.device
+        with pytest.raises(ConfigError, match="cannot be moved"):
+            tower.to("cuda:0")
+        assert {parameter.dtype for parameter in tower.half().parameters()} == {torch.float16}
 
 
 @torch.no_grad()
