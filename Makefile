@@ -11,9 +11,11 @@ PINS ?= llava
 PINNED := .venv-pinned/$(PINS)
 DEEPSPEED_llava := 0.12.6
 DEEPSPEED_llava_next := 0.14.4
+# Those of training are not among them, nor those that only newer libraries can run: NaFlex, adapters of peft.
 CORE_TESTS := tests/parity tests/integration/test_llava.py $(patsubst %,tests/unit/test_%.py,\
-	config dual_encoder fused metrics preprocess prompts registry search text_embeddings tower verify weights \
-	zero_shot)
+	any_size catalogue config device_map dual_encoder encoder export extract fused layer_modules layouts \
+	llava_files metrics multiscale picture_list plugin preprocess projectors projectors_attention prompts \
+	registry search text_embeddings tiling tower tower_modes verify weights zero_shot)
 
 .PHONY: setup demo test test-pinned check clean
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Idefics2Config
-from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
 from vlm_vision.adapters.config import Grid
 from vlm_vision.adapters.perceiver_config import Idefics2PerceiverConfig
 from vlm_vision.adapters.projector import Projector
+from vlm_vision.errors import ConfigError
+
+try:
+    from transformers import Idefics2Config
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
+except ImportError as error:
+    raise ConfigError(
+        f"transformers {transformers.__version__} has no Idefics2Connector, which 'idefics2_perceiver' "
+        "needs: pip install -U transformers"
+    ) from error
 
 
 class Idefics2Perceiver(Projector):

@@ -353,7 +353,7 @@ def read_template(source: str | Path) -> str:
         ConfigError: no such name or file.
     """
     if str(source) in TEMPLATES:
-        shipped = files("vlm_vision.configs") / "chat_templates" / f"{TEMPLATES[str(source)]}.jinja"
+        shipped = files("vlm_vision.configs.chat_templates") / f"{TEMPLATES[str(source)]}.jinja"
         return shipped.read_text(encoding="utf-8")
     try:
         return Path(source).read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,7 +25,7 @@ from vlm_vision.train.pairs import BAD_FILE, BadSamples, Batch, Pairs, training_
 from vlm_vision.train.parallel import Ranks
 from vlm_vision.train.prepared import load_start, prepare_model, with_learnt
 from vlm_vision.train.run import Run, peak_memory_mb, prepare_process, read_metrics, training_attention
-from vlm_vision.train.termination import TERMINATED, Terminated
+from vlm_vision.train.termination import Terminated, end_saved
 from vlm_vision.train.validation import check_validation, evaluate, validate_dual_encoder
 
 
@@ -154,11 +153,7 @@ def _train(
                 _save(learner, run, step)
                 last_save = time.monotonic()
             if must_stop and not is_last:
-                run.close()
-                learner.ranks.leave()
-                if run.is_main:
-                    print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
-                raise SystemExit(TERMINATED)
+                end_saved(run, step, learner.ranks.leave)
             every = config.validation.every
             if every and step % every == 0 and not is_last:
                 with learner.parallel.gathered():

@@ -243,13 +243,18 @@ def plan_align(
             most.
 
     Raises:
-        ConfigError: a part whose config cannot be had, rules that name nothing, or a batch that does not
-            divide.
+        ConfigError: a part whose config cannot be had, rules that name nothing, a batch that does not
+            divide, or `tokens` above a stage's `max_length`.
         DataError: data that is there and cannot be used.
     """
     stages = []
     tokens_per_image, tiles = 0, None
     for stage in config.stages:
+        if tokens is not None and tokens > stage.max_length:
+            raise ConfigError(
+                f"stage {stage.name!r}: a mean of {tokens} tokens is more than its max_length "
+                f"{stage.max_length}, which no conversation exceeds: give the mean of what the stage reads"
+            )
         model, tokens_per_image, tiles = _vision_language_model(config.model_of(stage), WITHOUT_WEIGHTS)
         _check_lengths(stage, tokens_per_image, tiles, model["llm"])
         set_learning(model, stage.learn, stage.lora)

@@ -31,6 +31,13 @@ Kind = Literal["vqa", "yes_no", "captions", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 CAPTION_PROMPT = "Describe the image."
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's
+# Where a record of each kind has its truth: the first of these that is there.
+_TRUTHS: dict[Kind, tuple[str, ...]] = {
+    "vqa": ("answers", "answer", "label"),
+    "yes_no": ("label", "answer"),
+    "captions": ("caption", "answer"),
+    "choice": ("answer", "label"),
+}
 _FIELDS = ("question", "answer", "answers", "label", "choices", "caption", "conversations", "image")
 
 
@@ -150,7 +157,7 @@ class Questions(Sequence[Question]):
                 f"{record.id}#{place}" if len(record.turns) > 2 else record.id,
                 record.images,
                 (*before, replace(asked, text=text)),
-                self._checked((truth.text,), wrong),
+                self._checked("the answer", (truth.text,), wrong),
                 category=truth.kind,
             )
 
@@ -173,31 +180,36 @@ class Questions(Sequence[Question]):
         return tuple(str(choice).strip() for choice in choices)
 
     def _truths(self, raw: Mapping[str, Any], choices: Sequence[str], wrong: Any) -> tuple[str, ...]:
-        if self.kind == "captions":
-            caption = raw.get("caption", raw.get("answer"))
-            return self._checked((caption,), wrong, _hint("caption", raw))
-        given = raw.get("answer", raw.get("label"))
+        fields = _TRUTHS[self.kind]
+        field = next((name for name in fields if name in raw), None)
+        if field is None:
+            named = " or ".join(f"`{name}`" for name in fields)
+            raise wrong(f"has no {named}{_hint(fields[0], raw)}")
+        given = raw[field]
         if self.kind == "choice":
             return (_choice(given, choices, wrong),)
-        if self.kind == "yes_no":
-            return self._checked((given,), wrong, _hint("label", raw))
-        people = raw.get("answers", given)
-        people = people if isinstance(people, list) else [people]
+        if self.kind != "vqa":
+            return self._checked(f"`{field}`", (given,), wrong)
+        people = given if isinstance(given, list) else [given]
         told = [person.get("answer") if isinstance(person, Mapping) else person for person in people]
-        if 1 < len(told) < 4:
+        if len(told) != 1 and len(told) < 4:
             raise wrong(f"{len(told)} `answers`: give four or more (VQAv2 has ten), or the one true `answer`")
-        return self._checked(tuple(told), wrong, _hint("answers", raw))
+        name = f"`{field}`" if len(told) == 1 else f"each of `{field}`"
+        return self._checked(name, tuple(told), wrong)
 
-    def _checked(self, truths: tuple[Any, ...], wrong: Any, hint: str = "") -> tuple[str, ...]:
-        texts = [str(truth) if isinstance(truth, (int, float)) else truth for truth in truths]
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            name = {"captions": "caption", "yes_no": "label"}.get(self.kind, "answer")
-            raise wrong(f"`{name}` must be a text, got {truths!r:.80}{hint}")
+    def _checked(self, name: str, truths: tuple[Any, ...], wrong: Any) -> tuple[str, ...]:
         if self.kind == "yes_no":
-            texts = [normalise_vqa(text) for text in texts]
-            if texts[0] not in ("yes", "no"):
-                raise wrong(f"the answer must be yes or no, got {truths[0]!r:.80}")
-        return tuple(texts)
+            said = normalise_vqa(truths[0]) if isinstance(truths[0], str) else None
+            if said not in ("yes", "no"):
+                raise wrong(
+                    f"{name} must be yes or no, got {truths[0]!r:.80}; --kind vqa takes other answers"
+                )
+            return (said,)
+        for truth in truths:
+            is_text = isinstance(truth, (str, int, float)) and not isinstance(truth, bool)
+            if not is_text or not str(truth).strip():
+                raise wrong(f"{name} must be a text, got {truth!r:.80}")
+        return tuple(map(str, truths))
 
     def _check(self) -> None:
         seen: set[str] = set()
@@ -261,10 +273,12 @@ def _kind_of(raw: Any, path: Path) -> Kind:
         return "yes_no"
     if "answers" in fields or "answer" in fields or "conversations" in fields:
         return "vqa"
+    if "label" in fields:
+        return "yes_no"
     names = ", ".join(map(str, fields)) or type(raw).__name__
     raise DataError(
         f"{path}: the first record ({names}) has no answer to score by: `answers`, `answer`, `label`, "
-        "`choices`, `caption` or `conversations`"
+        "`choices`, `caption` or `conversations`; the file is a list of records, or has one on each line"
     )
 
 

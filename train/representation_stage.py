@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from vlm_vision.train.representation_config import RepresentationConfig
 from vlm_vision.train.representation_objective import Outcome, RepresentationObjective, gumbel_noise
 from vlm_vision.train.representation_scores import validate_representation
 from vlm_vision.train.run import Run, plain_attention, prepare_process, refuse_step, training_attention
-from vlm_vision.train.termination import TERMINATED, Terminated
+from vlm_vision.train.termination import Terminated, end_saved
 from vlm_vision.train.vlm import token_grid
 
 LARGEST_SCALE = 100.0  # of similarities (CLIP, arXiv:2103.00020, section 2.5)
@@ -180,11 +179,7 @@ def _train(learner: Learner, run: Run, pairs: Pairs, start: int) -> dict[str, fl
                     keep=config.keep_checkpoints,
                 )
             if must_stop and not is_last:
-                run.close()
-                ranks.leave()
-                if run.is_main:
-                    print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
-                raise SystemExit(TERMINATED)
+                end_saved(run, step, ranks.leave)
             meter.start()
     if meter.truncated and run.is_main:
         print(

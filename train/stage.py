@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -49,7 +48,7 @@ from vlm_vision.train.pairs import EpochBatches, write_bad_list
 from vlm_vision.train.patch_cache import kept_features
 from vlm_vision.train.quantise import check_adapters_alone
 from vlm_vision.train.run import Run, check_finite, plain_attention
-from vlm_vision.train.termination import TERMINATED, Terminated, outlive_sigterm
+from vlm_vision.train.termination import Terminated, end_saved, outlive_sigterm
 from vlm_vision.train.vlm import VisionLanguageModel, embedding_width
 
 
@@ -135,11 +134,7 @@ def run_stage(
             if (must_save or must_stop) and not is_last:
                 save_engine(engine, run.checkpoints, step)
             if must_stop and not is_last:
-                run.close()
-                engine.destroy()
-                if run.is_main:
-                    print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
-                raise SystemExit(TERMINATED)
+                end_saved(run, step, engine.destroy)
     run.close()
     seconds = time.perf_counter() - began
     make_whole(model)

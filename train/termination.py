@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
+
+from vlm_vision.train.run import Run
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's status of a command ended by this signal
 
@@ -31,6 +36,22 @@ class Terminated:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_set = True
+
+
+def end_saved(run: Run, step: int, leave: Callable[[], object]) -> NoReturn:
+    """End this process after the step that was saved because of SIGTERM.
+
+    Args:
+        leave: the other ranks.
+
+    Raises:
+        SystemExit: always.
+    """
+    run.close()
+    leave()
+    if run.is_main:
+        print(f"stopped by SIGTERM after step {step}: continue with --resume", file=sys.stderr)
+    raise SystemExit(TERMINATED)
 
 
 def outlive_sigterm(worker: int) -> None:

@@ -806,6 +806,8 @@ def plan(arguments: argparse.Namespace) -> None:
     options = {"world": arguments.processes, "records": arguments.records}
     if "stages" in read_yaml(path):
         print(plan_align(load_config(AlignConfig, path, overrides), **options, tokens=arguments.tokens))
+    elif arguments.tokens is not None:
+        raise ConfigError(f"--tokens is for stages of alignment, which {path} has not")
     else:
         print(plan_contrastive(load_config(ContrastiveConfig, path, overrides), **options))
 

@@ -41,8 +41,8 @@ def place(
     """Move a tower's weights to where a map says; once for all.
 
     A tower that is then not on one device has `hf_device_map`, as transformers' models have: its own device
-    under "", and the layers that are elsewhere. Where layers wait on the CPU or the disk it gives features
-    alone: it does not learn and cannot be saved.
+    under "", and the layers that are elsewhere. It cannot be moved any more. Where layers wait on the CPU or
+    the disk it gives features alone: it does not learn, and is neither cast nor saved.
 
     Args:
         device_map: None changes nothing. A device; or names of modules to devices, "" being all that is not

@@ -139,6 +139,8 @@ def extract_features(
             names=hash_of(pictures),
         )
         _check(manifest, found, folder)
+        if manifest.format == "parquet":
+            require("train", "pyarrow")
         start = _take_over(folder, manifest, encoder.row_bytes)
         ranks.share(folder, pictures, start)
     else:
@@ -239,10 +241,8 @@ def _check(wanted: Manifest, found: Manifest | None, folder: Path) -> None:
     """A manifest that can be, and is that of the folder if it has one."""
     if wanted.shard_size > MAX_ROWS:
         raise ConfigError(f"a shard has at most {MAX_ROWS:,} pictures, not {wanted.shard_size:,}")
-    if wanted.format == "parquet":
-        require("train", "pyarrow")
-        if wanted.dtype == "bfloat16":
-            raise ConfigError("parquet has no bfloat16: take dtype float16 or float32, or safetensors")
+    if wanted.format == "parquet" and wanted.dtype == "bfloat16":
+        raise ConfigError("parquet has no bfloat16: take dtype float16 or float32, or safetensors")
     if found is None:
         return
     old, new = found.model_dump(mode="json"), wanted.model_dump(mode="json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -127,6 +127,22 @@ class VisionTower(nn.Module):
         if hasattr(self, "hf_device_map"):
             return torch.device(self.hf_device_map[""])
         return next(self.parameters()).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTower:
+        """What `to`, `half`, `cuda` and their kind do, of this tower or of a model around it.
+
+        Raises:
+            ConfigError: a tower that a `device_map` spread would be moved, or cast in part.
+        """
+        if hasattr(self, "hf_device_map"):
+            places = {parameter.device for parameter in self.parameters()}
+            waits = torch.device("meta") in places
+            if waits or any(fn(torch.empty(0, device=place)).device != place for place in places):
+                raise ConfigError(
+                    "device_map spread this tower once for all: it cannot be moved, nor cast where layers "
+                    "wait on the CPU or the disk; load it anew with another device_map or dtype"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     @property
     def num_parameters(self) -> int:

@@ -19,6 +19,7 @@ from einops import rearrange
 from open_clip.pretrained import _PRETRAINED
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
+from pins import OLD_TRANSFORMERS
 
 from vlm_vision import ImageProcessor
 from vlm_vision.backbones.timm import _preprocess
@@ -155,8 +156,9 @@ def plain(height: int, width: int) -> dict[str, Any]:
     return {"size": {"height": height, "width": width}}
 
 
-OLD = not hasattr(transformers, "CLIPImageProcessorPil")
-PADS = pytest.mark.skipif(OLD, reason="transformers 4.37 pads odd margins to one pixel less than it is told")
+PADS = pytest.mark.skipif(
+    OLD_TRANSFORMERS, reason="transformers 4.37 pads odd margins to one pixel less than it is told"
+)
 
 FAMILIES = [
     ("CLIPImageProcessor", crop(224, 224)),
@@ -326,7 +328,7 @@ def test_transformers_moves_the_crop_of_odd_margins_that_open_clip_rounds_up(tmp
         assert same is not moved, width
 
 
-@pytest.mark.skipif(OLD, reason="its AutoImageProcessor knows no backends")
+@pytest.mark.skipif(OLD_TRANSFORMERS, reason="its AutoImageProcessor knows no backends")
 @pytest.mark.parametrize("settings", SAVED, ids=lambda settings: f"{settings.resize}-{settings.image_size}")
 def test_the_auto_class_finds_what_we_save(settings: PreprocessConfig, tmp_path: Path) -> None:
     expected = saved_class(settings, tmp_path)

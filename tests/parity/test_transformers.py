@@ -22,6 +22,7 @@ import torch
 import transformers
 from einops import rearrange
 from PIL import Image
+from pins import needs_new_torch
 from safetensors.torch import load_file, save_file
 from tiny import CLIP_VISION as VISION
 from torch import Tensor, nn
@@ -382,9 +383,6 @@ def test_a_saved_tower_loads_whichever_version_named_its_tensors(kind: str, tmp_
 TRACED = [
     kind for kind in ("CLIP", "SigLIP", "SigLIP2 NaFlex", "DINOv2", "DINOv3", "ViT-MAE") if kind in HERE
 ]
-needs_new_torch = pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_compiling"), reason="this torch does not trace these models whole"
-)
 
 
 @needs_new_torch

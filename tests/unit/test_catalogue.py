@@ -8,6 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import timm
+from pins import knows
 
 from vlm_vision import catalogue
 from vlm_vision.catalogue import LICENCES, TowerFacts, describe, licence, list_towers, make
@@ -43,6 +44,15 @@ SAMPLE = (
     "transformers:facebook/vit-mae-base",
 )
 
+# Of those that older versions of transformers do not have.
+MODEL_TYPES = {
+    "transformers:google/siglip2-base-patch16-naflex": "siglip2_vision_model",
+    "transformers:facebook/dinov2-with-registers-small": "dinov2_with_registers",
+    "transformers:facebook/dinov3-vits16-pretrain-lvd1689m": "dinov3_vit",
+    "transformers:facebook/dinov3-convnext-tiny-pretrain-lvd1689m": "dinov3_convnext",
+    "transformers:apple/aimv2-large-patch14-224": "aimv2_vision_model",
+}
+
 
 def by_name() -> dict[str, TowerFacts]:
     return {facts.tower: facts for facts in list_towers()}
@@ -50,6 +60,9 @@ def by_name() -> dict[str, TowerFacts]:
 
 @pytest.mark.parametrize("tower", SAMPLE)
 def test_a_row_is_what_building_the_tower_gives(tower: str) -> None:
+    model_type = MODEL_TYPES.get(tower)
+    if model_type is not None and not knows(model_type):
+        pytest.skip(f"this transformers has no {model_type}")
     assert by_name()[tower] == describe(tower)
 
 

@@ -616,6 +616,7 @@ def test_plan_counts_data_that_is_there(
     assert "nothing to count" in refused(capsys, "plan", config, "data.path=absent.csv")
     assert "recipe 'lora'" in run(capsys, "plan", config, "data.path=absent.csv", "--records", 20_000)
     assert "recipe: input should be" in refused(capsys, "plan", config, "recipe=loar")
+    assert "--tokens is for stages of alignment" in refused(capsys, "plan", config, "--tokens", 9)
 
 
 def test_demo_refuses_a_folder_with_an_earlier_run(

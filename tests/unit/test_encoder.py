@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pins import OLD_TRANSFORMERS
 from tiny import CLIP_VISION, tiny_tower
 
 from vlm_vision import VisionTower, load_tower
@@ -64,7 +65,8 @@ def test_lean_blocks_equal_their_modules(kind: str, at_once: int, monkeypatch: p
     features, own = tower(pixels), through_modules(tower, pixels)
     assert sum(plain_blocks) == 2
     error = (features - own).abs().max() / own.abs().max()
-    assert float(error) <= 1e-13  # measured 1.5e-15
+    in_float32 = kind == "SigLIP" and OLD_TRANSFORMERS  # softmax, whatever the dtype
+    assert float(error) <= (1e-6 if in_float32 else 1e-13)  # measured 7.8e-8 and 1.5e-15
 
 
 @pytest.mark.parametrize("kind", TOWERS)

@@ -20,7 +20,6 @@ from vlm_vision.adapters import build_projector
 from vlm_vision.cli import main
 from vlm_vision.errors import ConfigError, WeightsError
 from vlm_vision.export import export_clip, export_open_clip, load_whole_tower
-from vlm_vision.train.vlm import VisionLanguageModel, load_llm
 
 # Largest difference between features of size 4: modules of another library, the same sums.
 TOLERANCE = 2e-6  # 0
@@ -156,6 +155,9 @@ def test_sources_give_every_layer_that_they_have(tmp_path: Path) -> None:
 
 
 def test_a_vision_language_model_gives_its_tower(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", "5")
+    from vlm_vision.train.vlm import VisionLanguageModel, load_llm
+
     cut = tiny_tower()
     llm = load_llm(tiny_llm(tmp_path / "llm"))
     projector = build_projector("mlp2x_gelu", cut.hidden_size, 32, cut.grid)

@@ -8,10 +8,10 @@ import pickle
 import shutil
 import tarfile
 from collections import namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +24,11 @@ from vlm_vision.errors import ConfigError, DataError
 from vlm_vision.extract import Extraction, _default_shard_size, extract_features, extract_file
 from vlm_vision.feature_shards import FeatureShards
 from vlm_vision.preprocess import find_pictures
+
+FORMATS = [
+    "safetensors",
+    pytest.param("parquet", marks=pytest.mark.skipif(find_spec("pyarrow") is None, reason="needs pyarrow")),
+]
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("select", ["patch", "cls_patch", "cls", "pooled"])
-@pytest.mark.parametrize("format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("format", FORMATS)
 @torch.no_grad()
 def test_features_are_the_towers_by_name(pictures: Path, tmp_path: Path, select: str, format: str) -> None:
     pooled = select == "pooled"
@@ -84,12 +89,17 @@ def test_several_layers_in_half_precision(pictures: Path, tmp_path: Path) -> Non
 
 def test_shards_can_be_read_without_us(pictures: Path, tmp_path: Path) -> None:
     extract(pictures, tmp_path / "st")
-    extract(pictures, tmp_path / "pq", format="parquet")
     ours = FeatureShards(tmp_path / "st")
     lines = [json.loads(line) for line in (tmp_path / "st" / "index.jsonl").read_text().splitlines()]
     assert lines[5] == {"picture": "06.png", "shard": "shard-00001.safetensors", "row": 1}
     assert torch.equal(load_file(tmp_path / "st" / lines[5]["shard"])["features"][1], ours["06.png"])
-    table = pyarrow.parquet.read_table(sorted((tmp_path / "pq").glob("*.parquet")))
+
+
+def test_parquet_can_be_read_without_us(pictures: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    extract(pictures, tmp_path / "pq", format="parquet")
+    ours = FeatureShards(tmp_path / "pq")
+    table = parquet.read_table(sorted((tmp_path / "pq").glob("*.parquet")))
     assert table["picture"].to_pylist() == list(ours)
     flat = table["features"].combine_chunks().storage.to_pylist()
     assert torch.equal(torch.tensor(flat).view(11, 16, 64), torch.stack(list(ours.values())))
@@ -220,19 +230,19 @@ def test_a_data_set_that_moved_goes_on(pictures: Path, tmp_path: Path) -> None:
     assert extract(tmp_path / "moved", tmp_path / "out").new == 4
 
 
-def test_a_damaged_shard_is_refused(pictures: Path, tmp_path: Path) -> None:
-    for format in ("safetensors", "parquet"):
-        output = tmp_path / format
-        extract(pictures, output, format=format)
-        shard = output / f"shard-00001.{format}"
-        shard.write_bytes(shard.read_bytes()[:-100])
-        with pytest.raises(DataError, match=rf"shard-00001.{format} is damaged .*: delete it and run"):
-            extract(pictures, output)
-        with pytest.raises(DataError, match=rf"shard-00001.{format} is damaged"):
-            FeatureShards(output)["05.png"]
-        shutil.copy(output / f"shard-00002.{format}", shard)
-        with pytest.raises(DataError, match=rf"shard-00001.{format} is of other pictures"):
-            extract(pictures, output)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_shard_is_refused(pictures: Path, tmp_path: Path, format: str) -> None:
+    output = tmp_path / "out"
+    extract(pictures, output, format=format)
+    shard = output / f"shard-00001.{format}"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"shard-00001.{format} is damaged .*: delete it and run"):
+        extract(pictures, output)
+    with pytest.raises(DataError, match=rf"shard-00001.{format} is damaged"):
+        FeatureShards(output)["05.png"]
+    shutil.copy(output / f"shard-00002.{format}", shard)
+    with pytest.raises(DataError, match=rf"shard-00001.{format} is of other pictures"):
+        extract(pictures, output)
 
 
 def test_folders_of_something_else_are_left_alone(pictures: Path, tmp_path: Path) -> None:
@@ -280,7 +290,7 @@ def test_bad_pictures_of_shards_that_are_there_count_too(pictures: Path, tmp_pat
         extract(pictures, tmp_path / "out", max_bad_share=0.1)
 
 
-@pytest.mark.parametrize("format", ["safetensors", "parquet"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_shard_may_have_no_picture_that_can_be_read(pictures: Path, tmp_path: Path, format: str) -> None:
     for file in find_pictures(pictures)[4:8]:
         file.write_bytes(b"")

@@ -94,6 +94,8 @@ def test_wrong_plans_say_what_is_wrong(tmp_path: Any) -> None:
     llm = tiny_llm(tmp_path / "llm")
     with pytest.raises(ConfigError, match=r"rule 'projectr.\*' matches no parameter"):
         plan_align(align_config(llm, 'stages.0.learn=[{match: "projectr.*"}]'))
+    with pytest.raises(ConfigError, match="stage 'one': a mean of 65 tokens is more than its max_length 64"):
+        plan_align(align_config(llm), tokens=65)
     (tmp_path / "bad.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(DataError, match=r"bad.json"):
         plan_align(align_config(llm, f"stages.0.data.file={tmp_path / 'bad.json'}"))

@@ -156,6 +156,7 @@ def write(folder: Path, records: Any, lines: bool = False) -> Path:
         ({"question_id": 7, "text": "q", "answers": [{"answer": "a"}] * 4}, "vqa", "<image>\nq", ("a",) * 4),
         ({"question": "q", "answer": 3}, "vqa", "<image>\nq", ("3",)),
         ({"text": "<image>\nIs it?", "label": "No"}, "yes_no", "<image>\nIs it?", ("no",)),
+        ({"question": "q", "answer": "a", "label": "yes"}, "yes_no", "<image>\nq", ("yes",)),
         ({"caption": "a dog"}, "captions", "<image>\nDescribe the image.", ("a dog",)),
         (
             {"question": "q", "choices": ["x", "y"], "answer": 1},
@@ -185,6 +186,7 @@ def test_llavas_conversations_are_questions(tmp_path: Path) -> None:
 
 
 GOOD = {"image": "0.png", "question": "q", "answer": "a"}
+YES = {"image": "0.png", "question": "q", "label": "yes"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,20 @@ GOOD = {"image": "0.png", "question": "q", "answer": "a"}
         ([{**GOOD, "image": "../q.json"}], None, "lies outside the folder"),
         ([{**GOOD, "image": 3}], None, "`image` must be a file name"),
         ([{**GOOD, "answers": ["a", "b"]}], None, "2 `answers`: give four or more"),
-        ([GOOD], "yes_no", "the answer must be yes or no, got 'a'"),
+        ([{**GOOD, "answers": []}], None, "0 `answers`: give four or more"),
+        ([{**GOOD, "answers": ["a", "b", "c", None]}], None, "each of `answers` must be a text, got None"),
+        ([{**GOOD, "answer": True}], None, "`answer` must be a text, got True"),
+        ([GOOD, {"image": "0.png", "question": "q"}], None, "'1': has no `answers` or `answer` or `label`"),
+        ([{"questions": [GOOD]}], None, "the file is a list of records, or has one on each line"),
+        ([GOOD], "yes_no", "`answer` must be yes or no, got 'a'; --kind vqa takes other answers"),
+        ([{**YES, "label": "maybe"}], None, "`label` must be yes or no, got 'maybe'"),
+        ([{**YES, "label": ["yes"]}], None, "`label` must be yes or no, got ['yes']"),
+        ([YES, {**YES, "label": None}], None, "'1': `label` must be yes or no, got None"),
+        (
+            [YES, {"question": "q", "lable": "no"}],
+            None,
+            "'1': has no `label` or `answer`; did you mean 'lable'",
+        ),
         ([GOOD], "choice", "`choices` must be a list of 2 to 26 texts"),
         ([{**GOOD, "choices": ["x", "y"], "answer": "z"}], None, "`answer` 'z' is none of the choices x, y"),
         ([{**GOOD, "choices": ["x", "y"], "answer": 2}], None, "is no place among 2 choices"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from open_clip.model import resize_pos_embed
 from PIL import Image
+from pins import needs_new_torch
 from tiny import CLIP_VISION, RESNET, TOWER, tiny_tower
 from torch import Tensor, nn
 
@@ -169,6 +170,7 @@ def test_sizes_that_cannot_be_taken_say_so() -> None:
 # Ways to run -----------------------------------------------------------------------------------------------
 
 
+@needs_new_torch
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_as_one_graph(family: str) -> None:
@@ -178,6 +180,7 @@ def test_compiles_as_one_graph(family: str) -> None:
     assert float((compiled(pixels) - tower(pixels)).abs().max()) <= 1e-4  # measured 1e-5, ConvNeXt
 
 
+@needs_new_torch
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exports(family: str) -> None:
