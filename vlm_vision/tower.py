@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -164,11 +164,9 @@ class VisionTower(nn.Module):
         with attention_kernel(self.config.attention):
             if isinstance(pixels, Tensor):
                 return self._features(self.check_pixels(pixels, interpolate))
-            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in pixels]
+            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in _listed(pixels)]
             if len({picture.shape for picture in pictures}) == 1:
                 return self._features(torch.stack(pictures))
-            if not pictures:
-                raise ConfigError("no pixels were given")
             if self.config.select == "pooled":
                 return [self._features(picture[None])[0] for picture in pictures]
             ascending = sorted(self.layers)
@@ -195,9 +193,12 @@ class VisionTower(nn.Module):
         if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         if not isinstance(pixels, Tensor):
-            if len({picture.shape for picture in pixels}) > 1:
-                return torch.cat([self.pooled(picture[None], interpolate=interpolate) for picture in pixels])
-            pixels = torch.stack(list(pixels))
+            pictures = _listed(pixels)
+            if len({picture.shape for picture in pictures}) > 1:
+                return torch.cat(
+                    [self.pooled(picture[None], interpolate=interpolate) for picture in pictures]
+                )
+            pixels = torch.stack(pictures)
         with attention_kernel(self.config.attention):
             return self.backbone.pooled(self.check_pixels(pixels, interpolate)).to(self.device)
 
@@ -276,8 +277,13 @@ class VisionTower(nn.Module):
                 `vlm_vision.adapters.lora`; for rules by name and rate, the training recipes.
 
         Raises:
-            ConfigError: more layers than there are.
+            ConfigError: more layers than there are, or none of these.
         """
+        counts = isinstance(part, int) and not isinstance(part, bool) and part != 0
+        if not counts and part not in ("nothing", "everything"):
+            raise ConfigError(
+                f"train_only takes 'nothing', 'everything' or a number of layers, the last ones, not {part!r}"
+            )
         self.requires_grad_(part == "everything")
         if isinstance(part, str):
             return
@@ -444,6 +450,25 @@ def saved_folder(source: object) -> Path | None:
     if isinstance(source, (str, Path)) and (Path(source) / CONFIG_FILE).is_file():
         return Path(source)
     return None
+
+
+def _listed(pixels: Iterable[Tensor]) -> list[Tensor]:
+    """Pixels that are no tensor, one picture after the other.
+
+    Raises:
+        ConfigError: they are no list of tensors, or an empty one.
+    """
+    pictures = list(pixels) if isinstance(pixels, Iterable) else [pixels]
+    if not pictures:
+        raise ConfigError("no pixels were given")
+    if not all(isinstance(picture, Tensor) for picture in pictures):
+        kind = type(pixels).__name__
+        kind = f"{kind} of {type(pictures[0]).__name__}" if isinstance(pixels, (list, tuple)) else kind
+        raise ConfigError(
+            f"a tower takes pixels, [B, 3, H, W] or a list of [3, H, W], not a {kind}; "
+            "tower.image_processor(pictures) makes them from pictures"
+        )
+    return pictures
 
 
 def save_folder(

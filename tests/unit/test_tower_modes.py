@@ -166,6 +166,30 @@ def test_a_resized_tower_is_saved_and_loaded_at_its_size(tmp_path: Any) -> None:
         assert larger.grid[0] * 2 == again.grid[0] * 3
 
 
+@pytest.mark.parametrize(
+    ("pixels", "kind"),
+    [
+        (Image.new("RGB", (32, 32)), "Image"),
+        ([Image.new("RGB", (32, 32))], "list of Image"),
+        ("photo.jpg", "str"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "dict"),
+        (None, "NoneType"),
+    ],
+)
+def test_pictures_in_the_place_of_pixels_say_so(pixels: Any, kind: str) -> None:
+    tower = tiny_tower(pooled_head=True)
+    for run in (tower, tower.pooled):
+        with pytest.raises(ConfigError, match=rf"not a {kind}; tower.image_processor\(pictures\) makes"):
+            run(pixels)
+
+
+def test_no_pixels_at_all_say_so() -> None:
+    tower = tiny_tower(pooled_head=True)
+    for run in (tower, tower.pooled):
+        with pytest.raises(ConfigError, match="no pixels were given"):
+            run([])
+
+
 def test_sizes_that_cannot_be_taken_say_so() -> None:
     with pytest.raises(ConfigError, match="both sides must be multiples of 8"):
         tiny_tower(image_size=33)
@@ -280,3 +304,8 @@ def test_parts_of_a_tower_learn() -> None:
     assert not tower(torch.randn(1, 3, 32, 32)).requires_grad
     with pytest.raises(ConfigError, match="last 4 layers: this tower has 3"):
         tower.train_only(4)
+    for part in ("all", None, True, 0):
+        with pytest.raises(
+            ConfigError, match=r"train_only takes 'nothing', 'everything' or a number of layers"
+        ):
+            tower.train_only(part)  # type: ignore[arg-type]
