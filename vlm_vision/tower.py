@@ -419,7 +419,7 @@ def tower_config(source: Source, **overrides: Any) -> TowerConfig:
     if ":" not in text:
         raise ConfigError(
             f"{text!r} is no folder with a {CONFIG_FILE}, no YAML file, and no `source:model[@weights]` "
-            f"(sources: {', '.join(BACKBONES.names())}){_way_out(Path(text))}"
+            f"(sources: {', '.join(BACKBONES.names())}){_way_out(Path(text)) or _with_source(text)}"
         )
     return load_config(TowerConfig, {"backbone": text, **overrides})
 
@@ -534,6 +534,11 @@ def _read_config(folder: Path, *types: str) -> TowerConfig:
             f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
         )
     return validate(TowerConfig, content.get("tower", {}), str(path))
+
+
+def _with_source(model: str) -> str:
+    source = "transformers" if "/" in model else "open_clip"
+    return f"; a model is named with its source, such as '{source}:{model}'"
 
 
 def _way_out(folder: Path, model_type: object = None) -> str:

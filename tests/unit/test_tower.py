@@ -269,6 +269,8 @@ def test_a_config_that_the_backbone_cannot_give_is_refused(
         ("timm:vit_tiny_patch16_242@none", ConfigError, "did you mean 'vit_tiny_patch16_224'"),
         ("transformers:no/such/folder@none", ConfigError, "no config at this hub id or folder"),
         ("no/such/folder", ConfigError, "sources: open_clip, transformers, timm"),
+        ("ViT-B-32@openai", ConfigError, "with its source, such as 'open_clip:ViT-B-32@openai'"),
+        ("openai/clip-vit-base-patch32", ConfigError, "such as 'transformers:openai/clip-vit-base-patch32'"),
     ],
 )
 def test_an_unknown_source_says_what_to_type(source: str, error: type[VlmVisionError], message: str) -> None:
