@@ -406,4 +406,6 @@ def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
     is_one = isinstance(images, (Image.Image, str, Path, bytes, Mapping)) or hasattr(images, "read")
-    return [cast(Picture, images)] if is_one or not isinstance(images, Iterable) else list(images)
+    if is_one or not isinstance(images, Iterable):
+        return [cast(Picture, images)]
+    return list(cast(Iterable[Picture], images))
