@@ -471,6 +471,16 @@ def _listed(pixels: Iterable[Tensor]) -> list[Tensor]:
     return pictures
 
 
+def saved_type(folder: Path) -> str | None:
+    """The `model_type` that a folder's `config.json` names.
+
+    Raises:
+        ConfigError: there is none, or it is not JSON.
+    """
+    found: str | None = _read_json(folder).get("model_type")
+    return found
+
+
 def save_folder(
     folder: str | Path,
     config: Mapping[str, Any],
@@ -521,6 +531,16 @@ def read_folder(folder: Path, *types: str) -> tuple[TowerConfig, dict[str, Tenso
 
 
 def _read_config(folder: Path, *types: str) -> TowerConfig:
+    content = _read_json(folder)
+    found = content.get("model_type")
+    if found not in types:
+        raise ConfigError(
+            f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
+        )
+    return validate(TowerConfig, content.get("tower", {}), str(folder / CONFIG_FILE))
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -528,12 +548,7 @@ def _read_config(folder: Path, *types: str) -> TowerConfig:
         raise ConfigError(f"{folder} has no {CONFIG_FILE}: it is not a saved tower") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    found = content.get("model_type") if isinstance(content, dict) else None
-    if found not in types:
-        raise ConfigError(
-            f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
-        )
-    return validate(TowerConfig, content.get("tower", {}), str(path))
+    return content if isinstance(content, dict) else {}
 
 
 def _with_source(model: str) -> str:

@@ -432,7 +432,8 @@ def _architecture(config: OpenClipConfig) -> dict[str, Any]:
 
 
 def _origin(config: OpenClipConfig) -> str:
-    return f"open_clip:{config.model or 'architecture'}@{config.weights}"
+    weights = "" if config.weights is None else f"@{config.weights}"
+    return f"open_clip:{config.model or 'architecture'}{weights}"
 
 
 def _record(config: OpenClipConfig) -> dict[str, Any]:
