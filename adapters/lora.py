@@ -162,8 +162,9 @@ def add_lora(model: nn.Module, targets: Sequence[str], config: LoraConfig) -> li
     Args:
         targets: parameter names (`tower.backbone...c_fc.weight`); layers whose weight is named are adapted,
             as far as `config.targets` wants them. A fused projection counts as the layers that it holds. Not
-            the linear projection of text that some models of open_clip have: it is used by its type, which
-            an adapter has not.
+            convolutions in groups (depthwise ones), whose adapters peft cannot merge, and not the linear
+            projection of text that some models of open_clip have: it is used by its type, which an adapter
+            has not.
 
     Returns:
         Names of the adapted layers.
@@ -188,6 +189,7 @@ def add_lora(model: nn.Module, targets: Sequence[str], config: LoraConfig) -> li
         name
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
+        and getattr(module, "groups", 1) == 1
         and f"{name}.weight" in wanted
         and not _is_asked_for_its_type(model, name)
     ]

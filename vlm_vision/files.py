@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EEXIST
 from pathlib import Path
 
 from vlm_vision.errors import ConfigError
@@ -36,25 +37,42 @@ def _writable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, beside its place; it is renamed there when the block ends without an error.
+    """A folder to write into, which takes its place when the block ends without an error.
 
-    What was at its place is replaced as a whole, or stays as it was.
+    In a folder that is there already, files and folders of the same names are replaced, each as a whole;
+    what else lies in it stays.
 
     Raises:
         ConfigError: nothing can be written there.
     """
     folder = Path(folder)
     with _writable(folder):
+        if folder.is_file():
+            raise FileExistsError(EEXIST, "it is a file")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        # Within a folder that is there: it may be a link, or a disk of its own, to which nothing is renamed.
+        within = folder if folder.is_dir() else folder.parent
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=within))
     try:
         partial.chmod(0o755)
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
+        with _writable(folder):
+            if folder.is_dir():
+                _replace_each(partial, folder)
+            else:
+                os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_each(partial: Path, folder: Path) -> None:
+    """Move what one folder holds into another, without waiting for what was there to be deleted."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as replaced:
+        for new in sorted(partial.iterdir()):
+            old = folder / new.name
+            if old.is_dir() and not old.is_symlink():
+                os.rename(old, Path(replaced) / new.name)
+            os.replace(new, old)
 
 
 @contextmanager

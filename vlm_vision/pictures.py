@@ -165,6 +165,11 @@ def _reading(source: Picture) -> Iterator[tuple[Image.Image, str]]:
             else:
                 if isinstance(source, (str, Path)):
                     source = opened.enter_context(open(source, "rb"))
+                elif not (isinstance(source, bytes) or hasattr(source, "read")):
+                    raise DataError(
+                        "a picture is a path, a file's bytes, a file open for reading, a Pillow image, an "
+                        f"array or a tensor; this is a {type(source).__name__}"
+                    )
                 image = _read_header(io.BytesIO(source) if isinstance(source, bytes) else source, name)
             check_size(image.width, image.height, name)
             if image.format == "EPS":

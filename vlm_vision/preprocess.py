@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -405,6 +405,7 @@ def _levels(image: Image.Image) -> UInt8[Tensor, "h w 3"]:
 def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, (Image.Image, str, Path, bytes)) or hasattr(images, "read"):
+    is_one = isinstance(images, (Image.Image, str, Path, bytes, Mapping)) or hasattr(images, "read")
+    if is_one or not isinstance(images, Iterable):
         return [cast(Picture, images)]
-    return list(images)
+    return list(cast(Iterable[Picture], images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -180,11 +180,9 @@ class VisionTower(nn.Module):
         with attention_kernel(self.config.attention):
             if isinstance(pixels, Tensor):
                 return self._features(self.check_pixels(pixels, interpolate))
-            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in pixels]
+            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in _listed(pixels)]
             if len({picture.shape for picture in pictures}) == 1:
                 return self._features(torch.stack(pictures))
-            if not pictures:
-                raise ConfigError("no pixels were given")
             if self.config.select == "pooled":
                 return [self._features(picture[None])[0] for picture in pictures]
             ascending = sorted(self.layers)
@@ -211,9 +209,12 @@ class VisionTower(nn.Module):
         if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         if not isinstance(pixels, Tensor):
-            if len({picture.shape for picture in pixels}) > 1:
-                return torch.cat([self.pooled(picture[None], interpolate=interpolate) for picture in pixels])
-            pixels = torch.stack(list(pixels))
+            pictures = _listed(pixels)
+            if len({picture.shape for picture in pictures}) > 1:
+                return torch.cat(
+                    [self.pooled(picture[None], interpolate=interpolate) for picture in pictures]
+                )
+            pixels = torch.stack(pictures)
         with attention_kernel(self.config.attention):
             return self.backbone.pooled(self.check_pixels(pixels, interpolate)).to(self.device)
 
@@ -292,8 +293,13 @@ class VisionTower(nn.Module):
                 `vlm_vision.adapters.lora`; for rules by name and rate, the training recipes.
 
         Raises:
-            ConfigError: more layers than there are.
+            ConfigError: more layers than there are, or none of these.
         """
+        counts = isinstance(part, int) and not isinstance(part, bool) and part != 0
+        if not counts and part not in ("nothing", "everything"):
+            raise ConfigError(
+                f"train_only takes 'nothing', 'everything' or a number of layers, the last ones, not {part!r}"
+            )
         self.requires_grad_(part == "everything")
         if isinstance(part, str):
             return
@@ -429,7 +435,7 @@ def tower_config(source: Source, **overrides: Any) -> TowerConfig:
     if ":" not in text:
         raise ConfigError(
             f"{text!r} is no folder with a {CONFIG_FILE}, no YAML file, and no `source:model[@weights]` "
-            f"(sources: {', '.join(BACKBONES.names())}){_way_out(Path(text))}"
+            f"(sources: {', '.join(BACKBONES.names())}){_way_out(Path(text)) or _with_source(text)}"
         )
     return load_config(TowerConfig, {"backbone": text, **overrides})
 
@@ -460,6 +466,35 @@ def saved_folder(source: object) -> Path | None:
     if isinstance(source, (str, Path)) and (Path(source) / CONFIG_FILE).is_file():
         return Path(source)
     return None
+
+
+def _listed(pixels: Iterable[Tensor]) -> list[Tensor]:
+    """Pixels that are no tensor, one picture after the other.
+
+    Raises:
+        ConfigError: they are no list of tensors, or an empty one.
+    """
+    pictures = list(pixels) if isinstance(pixels, Iterable) else [pixels]
+    if not pictures:
+        raise ConfigError("no pixels were given")
+    if not all(isinstance(picture, Tensor) for picture in pictures):
+        kind = type(pixels).__name__
+        kind = f"{kind} of {type(pictures[0]).__name__}" if isinstance(pixels, (list, tuple)) else kind
+        raise ConfigError(
+            f"a tower takes pixels, [B, 3, H, W] or a list of [3, H, W], not a {kind}; "
+            "tower.image_processor(pictures) makes them from pictures"
+        )
+    return pictures
+
+
+def saved_type(folder: Path) -> str | None:
+    """The `model_type` that a folder's `config.json` names.
+
+    Raises:
+        ConfigError: there is none, or it is not JSON.
+    """
+    found: str | None = _read_json(folder).get("model_type")
+    return found
 
 
 def save_folder(
@@ -512,6 +547,16 @@ def read_folder(folder: Path, *types: str) -> tuple[TowerConfig, dict[str, Tenso
 
 
 def _read_config(folder: Path, *types: str) -> TowerConfig:
+    content = _read_json(folder)
+    found = content.get("model_type")
+    if found not in types:
+        raise ConfigError(
+            f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
+        )
+    return validate(TowerConfig, content.get("tower", {}), str(folder / CONFIG_FILE))
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -519,12 +564,12 @@ def _read_config(folder: Path, *types: str) -> TowerConfig:
         raise ConfigError(f"{folder} has no {CONFIG_FILE}: it is not a saved tower") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    found = content.get("model_type") if isinstance(content, dict) else None
-    if found not in types:
-        raise ConfigError(
-            f"{folder}: model_type is {found!r}, expected {' or '.join(types)}{_way_out(folder, found)}"
-        )
-    return validate(TowerConfig, content.get("tower", {}), str(path))
+    return content if isinstance(content, dict) else {}
+
+
+def _with_source(model: str) -> str:
+    source = "transformers" if "/" in model else "open_clip"
+    return f"; a model is named with its source, such as '{source}:{model}'"
 
 
 def _way_out(folder: Path, model_type: object = None) -> str:

@@ -21,13 +21,14 @@ from torch.overrides import TorchFunctionMode
 from vlm_vision.compat import under_names
 from vlm_vision.errors import WeightsError, first_line
 from vlm_vision.files import is_inside
+from vlm_vision.torchscript import is_torchscript, read_torchscript
 
 SHARDS_SUFFIX = ".index.json"
 RANDOM_FILLS = ("normal_", "uniform_")
 
 
 def read_state_dict(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
+    """Tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`, TorchScript's too.
 
     A training checkpoint of open_clip (`state_dict` inside, `module.` prefixes) gives its model's tensors, an
     index of shards (`model.safetensors.index.json`) those of all its files.
@@ -50,7 +51,11 @@ def read_state_dict(path: str | Path, wanted: Callable[[str], bool] = lambda nam
         except SafetensorError as error:
             raise WeightsError(f"{path}: not a complete safetensors file: {error}") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: Any
+        if is_torchscript(path):
+            loaded = read_torchscript(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
             f"{path}: refused, because it is damaged or holds more than tensors (a pickle can run code). "

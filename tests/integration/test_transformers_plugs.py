@@ -422,6 +422,12 @@ def test_weights_are_kept_when_given_and_random_when_not() -> None:
     assert not torch.equal(random.backbone.visual.conv1.weight, tower.backbone.visual.conv1.weight)
 
 
+def test_a_towers_own_folder_says_how_it_becomes_a_model(tmp_path: Path) -> None:
+    load_tower(TOWER).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"take VlmVisionModel.from_tower\(load_tower\('"):
+        VlmVisionModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_weights_that_are_missing_are_refused(whole: bool, tmp_path: Path) -> None:
     model: Any = make_llava(make(TOWER))

@@ -40,6 +40,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "vlm_vision.text",
         "vlm_vision.tiling",
         "vlm_vision.tokenizer_files",
+        "vlm_vision.torchscript",
         "vlm_vision.tower",
         "vlm_vision.weights",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,31 @@ def test_adapters_of_a_resnet_reach_its_convolutions_and_all_learn() -> None:
     assert sorted(tower) == sorted(["conv2", "conv3", *stages])
     info_nce_loss(*model(*batch())).backward()
     check_lora_gradients(model)
+
+
+@pytest.mark.parametrize("trunk", ["test_convnext", "test_efficientnet"])
+def test_adapters_leave_convolutions_in_groups_alone(trunk: str) -> None:
+    """A depthwise kernel has no low rank to learn, and peft refuses most of them."""
+    architecture = copy.deepcopy(TOWER["backbone"]["architecture"])
+    architecture["vision_cfg"] = {
+        "timm_model_name": trunk,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 32,
+    }
+    torch.manual_seed(0)
+    model = load_dual_encoder({"backbone": {**TOWER["backbone"], "architecture": architecture}}).eval()
+    images, tokens = batch()
+    layers = with_lora(model)
+    adapted = [layer for layer in layers if layer.startswith("tower.")]
+    assert adapted
+    assert all(getattr(model.get_submodule(layer), "groups", 1) == 1 for layer in adapted)
+    loss = info_nce_loss(model.encode_image(images), model.encode_text(tokens), model.logit_scale)
+    loss.backward()
+    check_lora_gradients(model)
+    with torch.no_grad():
+        before = model.encode_image(images)
+        assert float((merge_lora(model).encode_image(images) - before).abs().max()) <= 1e-5  # measured 5e-7
 
 
 def test_adapters_under_bfloat16_autocast() -> None:

@@ -443,6 +443,22 @@ def test_pixels_of_another_kind_are_refused(pixels: Any, message: str) -> None:
         ImageProcessor(PreprocessConfig(image_size=8))(pixels)
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (None, "NoneType"),
+        (3, "int"),
+        ({"image": "a.jpg"}, "dict"),
+        ([["a.jpg"]], "list"),
+        ([None], "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_no_picture_is_refused(given: Any, kind: str, fast: bool) -> None:
+    with pytest.raises(DataError, match=f"a picture is a path, a file.*; this is a {kind}"):
+        ImageProcessor(PreprocessConfig(image_size=8), fast=fast)(given)
+
+
 def smooth(height: int, width: int) -> np.ndarray[Any, Any]:
     """Waves with a little noise: like a photograph, not at the edge of what bytes can hold."""
     rows, columns = np.mgrid[0:height, 0:width]

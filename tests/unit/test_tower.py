@@ -269,6 +269,8 @@ def test_a_config_that_the_backbone_cannot_give_is_refused(
         ("timm:vit_tiny_patch16_242@none", ConfigError, "did you mean 'vit_tiny_patch16_224'"),
         ("transformers:no/such/folder@none", ConfigError, "no config at this hub id or folder"),
         ("no/such/folder", ConfigError, "sources: open_clip, transformers, timm"),
+        ("ViT-B-32@openai", ConfigError, "with its source, such as 'open_clip:ViT-B-32@openai'"),
+        ("openai/clip-vit-base-patch32", ConfigError, "such as 'transformers:openai/clip-vit-base-patch32'"),
     ],
 )
 def test_an_unknown_source_says_what_to_type(source: str, error: type[VlmVisionError], message: str) -> None:
@@ -331,23 +333,46 @@ def test_a_saved_tower_takes_other_layers_as_far_as_it_reaches(tmp_path: Path) -
         load_tower(tmp_path / "tower", layr=1)
 
 
-def test_saving_replaces_a_folder_whole_and_refuses_gathered_shards(tmp_path: Path) -> None:
+TOWER_FILES = {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+def test_saving_replaces_a_tower_and_refuses_gathered_shards(tmp_path: Path) -> None:
     folder = tmp_path / "tower"
-    folder.mkdir()
-    (folder / "old").write_text("left over", encoding="utf-8")
     tower = tower_of("open_clip ViT")
     tower.save_pretrained(folder)
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    }
     before = (folder / "model.safetensors").read_bytes()
-    tower.backbone.visual.conv1.weight = nn.Parameter(torch.empty(0))  # type: ignore[union-attr]
+    conv1 = tower.backbone.visual.conv1  # type: ignore[union-attr]
+    conv1.weight = nn.Parameter(conv1.weight + 1)  # type: ignore[union-attr,operator]
+    tower.save_pretrained(folder)
+    after = (folder / "model.safetensors").read_bytes()
+    assert after != before
+    conv1.weight = nn.Parameter(torch.empty(0))  # type: ignore[union-attr]
     with pytest.raises(WeightsError, match=r"tower is not written: the values of 1 tensor.* gather ZeRO"):
         tower.save_pretrained(folder)
-    assert (folder / "model.safetensors").read_bytes() == before
+    assert (folder / "model.safetensors").read_bytes() == after
+    assert {path.name for path in folder.iterdir()} == TOWER_FILES
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+def test_saving_keeps_what_else_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own files, also where the folder is the current one or a link."""
+    folder = tmp_path / "work"
+    (folder / "photos").mkdir(parents=True)
+    (folder / "photos" / "1.jpg").write_text("mine", encoding="utf-8")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    tower = tower_of("open_clip ViT")
+    for place in (Path("."), folder, tmp_path / "link"):
+        tower.save_pretrained(place)
+        assert {path.name for path in folder.iterdir()} == {*TOWER_FILES, "photos"}
+        assert (folder / "photos" / "1.jpg").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "link").is_symlink()
+    with pytest.raises(ConfigError, match=r"1.jpg' cannot be written \(it is a file\)"):
+        tower.save_pretrained(folder / "photos" / "1.jpg")
+    assert torch.equal(
+        load_tower(".").state_dict()["backbone.visual.conv1.weight"],
+        tower.state_dict()["backbone.visual.conv1.weight"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+GENERIC: dict[str, Any] = {
+    "backbone": {
+        "name": "transformers",
+        "architecture": {"model_type": "vit", **CLIP_VISION},
+        "weights": "none",
+    }
+}
+
+
 def tower_of(family: str, **overrides: Any) -> VisionTower:
     torch.manual_seed(0)
-    return load_tower({**FAMILIES[family], **overrides})
+    return load_tower({**{**FAMILIES, "any of transformers": GENERIC}[family], **overrides})
 
 
 def pixels_for(tower: VisionTower, count: int = 2) -> Tensor:
@@ -158,6 +167,30 @@ def test_a_resized_tower_is_saved_and_loaded_at_its_size(tmp_path: Any) -> None:
         assert larger.grid[0] * 2 == again.grid[0] * 3
 
 
+@pytest.mark.parametrize(
+    ("pixels", "kind"),
+    [
+        (Image.new("RGB", (32, 32)), "Image"),
+        ([Image.new("RGB", (32, 32))], "list of Image"),
+        ("photo.jpg", "str"),
+        ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "dict"),
+        (None, "NoneType"),
+    ],
+)
+def test_pictures_in_the_place_of_pixels_say_so(pixels: Any, kind: str) -> None:
+    tower = tiny_tower(pooled_head=True)
+    for run in (tower, tower.pooled):
+        with pytest.raises(ConfigError, match=rf"not a {kind}; tower.image_processor\(pictures\) makes"):
+            run(pixels)
+
+
+def test_no_pixels_at_all_say_so() -> None:
+    tower = tiny_tower(pooled_head=True)
+    for run in (tower, tower.pooled):
+        with pytest.raises(ConfigError, match="no pixels were given"):
+            run([])
+
+
 def test_sizes_that_cannot_be_taken_say_so() -> None:
     with pytest.raises(ConfigError, match="both sides must be multiples of 8"):
         tiny_tower(image_size=33)
@@ -172,7 +205,7 @@ def test_sizes_that_cannot_be_taken_say_so() -> None:
 
 @needs_new_torch
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "any of transformers"])
 def test_compiles_as_one_graph(family: str) -> None:
     tower = tower_of(family)
     pixels = pixels_for(tower)
@@ -182,12 +215,17 @@ def test_compiles_as_one_graph(family: str) -> None:
 
 @needs_new_torch
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "any of transformers"])
 def test_exports(family: str) -> None:
+    """For batches of any size; and the tower runs on as it was."""
     tower = tower_of(family)
     pixels = pixels_for(tower)
-    program = torch.export.export(tower, (pixels,))
-    assert float((program.module()(pixels) - tower(pixels)).abs().max()) <= 1e-4  # measured 1e-5, ConvNeXt
+    before = tower(pixels)
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(tower, (pixels,), dynamic_shapes={"pixels": batch}).module()
+    assert torch.equal(tower(pixels), before)
+    more = pixels_for(tower, count=5)
+    assert float((program(more) - tower(more)).abs().max()) <= 1e-4  # measured 1e-5, ConvNeXt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -269,3 +307,8 @@ def test_parts_of_a_tower_learn() -> None:
     assert not tower(torch.randn(1, 3, 32, 32)).requires_grad
     with pytest.raises(ConfigError, match="last 4 layers: this tower has 3"):
         tower.train_only(4)
+    for part in ("all", None, True, 0):
+        with pytest.raises(
+            ConfigError, match=r"train_only takes 'nothing', 'everything' or a number of layers"
+        ):
+            tower.train_only(part)  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import CLIP_VISION, TOWER
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vlm_vision import load_tower
+from vlm_vision import load_dual_encoder, load_tower
 from vlm_vision.backbones.open_clip import build_visual
-from vlm_vision.weights import without_init
+from vlm_vision.errors import WeightsError
+from vlm_vision.layouts import convert
+from vlm_vision.weights import read_state_dict, without_init
 
 
 def through_data() -> nn.Module:
@@ -67,6 +70,76 @@ def test_models_that_compute_while_they_are_built_load_from_a_file(name: str, tm
         assert torch.equal(again(pixels), tower(pixels))
         again.save_pretrained(tmp_path / "tower")
         assert torch.equal(load_tower(tmp_path / "tower")(pixels), tower(pixels))
+
+
+class Scripted(nn.Module):
+    """Modules that hold given tensors under their names, for `torch.jit.script`."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        children: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            first, _, rest = name.partition(".")
+            if rest:
+                children.setdefault(first, {})[rest] = tensor
+            elif tensor.is_floating_point():
+                setattr(self, first, nn.Parameter(tensor))
+            else:
+                self.register_buffer(first, tensor)
+        for first, below in children.items():
+            self.add_module(first, Scripted(below))
+        self.scratch = torch.zeros(2)  # neither a parameter nor a buffer: no part of the weights
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value
+
+
+def openai_archive(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A tiny CLIP in OpenAI's layout, scripted as OpenAI publishes its own."""
+    torch.manual_seed(0)
+    model = load_dual_encoder(TOWER)
+    state = {
+        name.replace("tower.backbone.", ""): tensor.to(dtype) for name, tensor in model.state_dict().items()
+    }
+    state = convert(state, "openai", quick_gelu=True)
+    torch.jit.save(torch.jit.script(Scripted(state)), path)
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_openais_own_archives_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = openai_archive(tmp_path / "clip.pt", dtype)
+    found = read_state_dict(tmp_path / "clip.pt")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    backbone = {**TOWER["backbone"], "weights": str(tmp_path / "clip.pt")}
+    with pytest.raises(WeightsError, match="were trained with QuickGELU"):
+        load_tower({"backbone": backbone})
+    architecture = {**TOWER["backbone"]["architecture"], "quick_gelu": True}
+    tower = load_tower({"backbone": {**backbone, "architecture": architecture}})
+    assert torch.equal(tower.backbone.visual.conv1.weight, state["visual.conv1.weight"].float())  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cos\nsystem\n(S'exit 1'\ntR.", "the archive names os.system"),
+        (b"ctorch._utils\n_rebuild_tensor\n.", "the archive names torch._utils._rebuild_tensor"),
+        (b"\x80\x02", "Ran out of input"),
+    ],
+)
+def test_archives_that_name_more_than_tensors_are_refused(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    openai_archive(tmp_path / "clip.pt", torch.float32)
+    with (
+        zipfile.ZipFile(tmp_path / "clip.pt") as archive,
+        zipfile.ZipFile(tmp_path / "other.pt", "w") as other,
+    ):
+        for name in archive.namelist():
+            other.writestr(name, content if name.endswith("/data.pkl") else archive.read(name))
+    with pytest.raises(WeightsError, match=message):
+        read_state_dict(tmp_path / "other.pt")
 
 
 class Fills(TorchDispatchMode):

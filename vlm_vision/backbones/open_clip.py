@@ -234,7 +234,7 @@ class VitBackbone(_NativeBackbone):
         maps = visual.conv1(pixels)
         positions = _positions_at(visual.positional_embedding, visual.grid_size, maps.shape[-2:])
         patches = rearrange(maps, "b d h w -> b (h w) d")
-        cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        cls = visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([cls, patches], dim=1) + positions.to(patches.dtype)
         embedded: Tensor = visual.ln_pre(visual.patch_dropout(tokens))
         return embedded
@@ -432,7 +432,8 @@ def _architecture(config: OpenClipConfig) -> dict[str, Any]:
 
 
 def _origin(config: OpenClipConfig) -> str:
-    return f"open_clip:{config.model or 'architecture'}@{config.weights}"
+    weights = "" if config.weights is None else f"@{config.weights}"
+    return f"open_clip:{config.model or 'architecture'}{weights}"
 
 
 def _record(config: OpenClipConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class GenericBackbone(Backbone):
             update={"architecture": config_fields(model_config), "preprocess": preprocess}
         )
         self._native = size = (preprocess.height, preprocess.width)
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs = _Outputs()
         twin = self._twin()
         states, pooled = self._measure(twin, size)
         self._blocks_path, self._can_cut = self._find_blocks(size)
@@ -100,7 +100,7 @@ class GenericBackbone(Backbone):
         return embedding.flatten(1)
 
     def truncate(self, layer: int) -> None:
-        twin, outputs = self._twin(), dict[int, Tensor]()
+        twin, outputs = self._twin(), _Outputs()
         if self._blocks_path is not None:
             _record(twin.get_submodule(self._blocks_path), outputs)
         states, _ = self._measure(twin, self._native)
@@ -171,7 +171,7 @@ class GenericBackbone(Backbone):
         for path, candidate in self._twin().named_modules():
             if not isinstance(candidate, nn.ModuleList) or not len(candidate):
                 continue
-            twin, outputs = self._twin(), dict[int, Tensor]()
+            twin, outputs = self._twin(), _Outputs()
             _record(twin.get_submodule(path), outputs)
             states, _ = self._measure(twin, size)
             count = len(candidate)
@@ -216,13 +216,21 @@ def _count_layers(states: Sequence[Tensor], model_config: Any) -> int:
     return len(states) if len(states) == depth else len(states) - 1
 
 
-def _record(blocks: Iterable[nn.Module], outputs: dict[int, Tensor]) -> None:
-    """Have blocks leave what they give in a mapping, by their number from 1."""
+class _Outputs(dict[int, Tensor]):
+    """What blocks gave, by their number from 1.
+
+    A type of its own, because torch.export puts copies in the place of a module's plain dicts, which the
+    blocks' hooks would not know.
+    """
+
+
+def _record(blocks: Iterable[nn.Module], outputs: _Outputs) -> None:
+    """Have blocks leave what they give."""
     for number, block in enumerate(blocks, start=1):
         block.register_forward_hook(partial(_leave, outputs, number))
 
 
-def _leave(outputs: dict[int, Tensor], number: int, block: nn.Module, given: Any, output: Any) -> None:
+def _leave(outputs: _Outputs, number: int, block: nn.Module, given: Any, output: Any) -> None:
     outputs[number] = output[0] if isinstance(output, tuple) else output
 
 

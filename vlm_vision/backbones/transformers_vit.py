@@ -178,13 +178,13 @@ class VitBackbone(LibraryBackbone):
         if family.patch_norm:
             tokens = getattr(embeddings, family.patch_norm)(tokens)
         if family.class_token:
-            class_token = getattr(embeddings, family.class_token).expand(len(tokens), 1, -1)
+            class_token = getattr(embeddings, family.class_token).expand(tokens.shape[0], 1, -1)
             tokens = torch.cat([class_token, tokens], dim=1)
         positions = self._positions(maps.shape[-2:])
         if positions is not None:
             tokens = tokens + positions
         if hasattr(embeddings, "register_tokens"):
-            registers = embeddings.register_tokens.expand(len(tokens), -1, -1)
+            registers = embeddings.register_tokens.expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         if hasattr(embeddings, "dropout"):
             tokens = embeddings.dropout(tokens)

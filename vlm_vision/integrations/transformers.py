@@ -32,7 +32,15 @@ from vlm_vision.device_map import DeviceMap, MaxMemory, place
 from vlm_vision.errors import ConfigError, DataError, MissingExtraError, WeightsError
 from vlm_vision.features import resolve_layers, select_tokens
 from vlm_vision.preprocess import ImageProcessor, open_image
-from vlm_vision.tower import VisionTower, describe_tower, tower_config
+from vlm_vision.tower import (
+    DUAL_ENCODER_TYPE,
+    MODEL_TYPE,
+    VisionTower,
+    describe_tower,
+    saved_folder,
+    saved_type,
+    tower_config,
+)
 from vlm_vision.tower_config import PreprocessConfig, Select
 
 try:
@@ -195,8 +203,15 @@ class VlmVisionPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """As its base has it; the map's names are this model's, and it is done as for a tower alone.
 
         Raises:
-            ConfigError: a map that cannot be done, as of `vlm_vision.device_map.place`.
+            ConfigError: a map that cannot be done, as of `vlm_vision.device_map.place`; a tower's own folder,
+                whose names are not this model's.
         """
+        folder = saved_folder(args[0]) if args else None
+        if folder is not None and saved_type(folder) in (MODEL_TYPE, DUAL_ENCODER_TYPE):
+            raise ConfigError(
+                f"{folder} is a tower's own folder: take {cls.__name__}.from_tower(load_tower("
+                f"{str(folder)!r})), whose save_pretrained writes one that transformers loads"
+            )
         loaded = super().from_pretrained(*args, **kwargs)
         if isinstance(device_map, Mapping):
             device_map = {re.sub(r"^tower(\.|$)", "", name): device for name, device in device_map.items()}

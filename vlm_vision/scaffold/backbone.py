@@ -66,7 +66,7 @@ class ViT(Backbone):
         self, pixels: Float[Tensor, "b 3 h w"], layers: Sequence[int]
     ) -> list[Float[Tensor, "b tokens d"]]:
         maps = self.patches(pixels)
-        cls = self.cls.expand(len(maps), 1, -1)
+        cls = self.cls.expand(maps.shape[0], 1, -1)
         tokens = torch.cat([cls, rearrange(maps, "b d h w -> b (h w) d")], dim=1)
         tokens, outputs = tokens + self._positions((maps.shape[2], maps.shape[3])), []
         learns = self._checkpointing and torch.is_grad_enabled()
