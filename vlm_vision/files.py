@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from errno import EEXIST
 from pathlib import Path
 
 from vlm_vision.errors import ConfigError
+
+# Weights by the libraries' names: one file, or shards and an index. Loaders take the first of these they find.
+_WEIGHTS = re.compile(r"(\w*model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -39,8 +43,8 @@ def _writable(path: Path) -> Iterator[None]:
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes its place when the block ends without an error.
 
-    In a folder that is there already, files and folders of the same names are replaced, each as a whole;
-    what else lies in it stays.
+    In a folder that is there already, files and folders of the same names are replaced, each as a whole, and
+    weights by all their shards; what else lies in it stays.
 
     Raises:
         ConfigError: nothing can be written there.
@@ -67,7 +71,12 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 def _replace_each(partial: Path, folder: Path) -> None:
     """Move what one folder holds into another, without waiting for what was there to be deleted."""
+    new_weights = {weights[1] for path in partial.iterdir() if (weights := _WEIGHTS.fullmatch(path.name))}
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as replaced:
+        for old in folder.iterdir():
+            weights = _WEIGHTS.fullmatch(old.name)
+            if weights and weights[1] in new_weights and not (partial / old.name).exists():
+                os.rename(old, Path(replaced) / old.name)
         for new in sorted(partial.iterdir()):
             old = folder / new.name
             if old.is_dir() and not old.is_symlink():

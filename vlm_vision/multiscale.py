@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from vlm_vision.errors import ConfigError
 from vlm_vision.preprocess import ImageProcessor
-from vlm_vision.tower import VisionTower
+from vlm_vision.tower import VisionTower, listed_pixels
 from vlm_vision.tower_config import TowerConfig
 
 
@@ -132,7 +132,7 @@ class MultiscaleTower(nn.Module):
         A class token is the mean over a scale's tiles, and stands before the patches.
 
         Raises:
-            ConfigError: pixels of another size, or none at all.
+            ConfigError: pixels of another size, none at all, or what is no pixels.
         """
         batch = pixels if isinstance(pixels, Tensor) else self._stacked(pixels)
         wanted = (3, self.image_processor.config.height, self.image_processor.config.width)
@@ -145,10 +145,11 @@ class MultiscaleTower(nn.Module):
         return torch.cat([self._at_scale(batch, scale) for scale in self.scales], dim=-1)
 
     @staticmethod
-    def _stacked(pictures: Sequence[Tensor]) -> Tensor:
+    def _stacked(pixels: Sequence[Tensor]) -> Tensor:
+        pictures = listed_pixels(pixels)
         if len({picture.shape for picture in pictures}) != 1:
             raise ConfigError("pixels: a list must hold pictures, all of one size")
-        return torch.stack(list(pictures))
+        return torch.stack(pictures)
 
     def _at_scale(self, batch: Float[Tensor, "b 3 h w"], scale: int) -> Float[Tensor, "b n d"]:
         """Features of one scale on the first scale's grid: `forward` of s2wrapper/core.py."""

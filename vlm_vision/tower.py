@@ -180,7 +180,7 @@ class VisionTower(nn.Module):
         with attention_kernel(self.config.attention):
             if isinstance(pixels, Tensor):
                 return self._features(self.check_pixels(pixels, interpolate))
-            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in _listed(pixels)]
+            pictures = [self.check_pixels(picture[None], interpolate)[0] for picture in listed_pixels(pixels)]
             if len({picture.shape for picture in pictures}) == 1:
                 return self._features(torch.stack(pictures))
             if self.config.select == "pooled":
@@ -209,7 +209,7 @@ class VisionTower(nn.Module):
         if not self.config.keeps_head:
             raise ConfigError("this tower has no pooled head: build it with pooled_head=True")
         if not isinstance(pixels, Tensor):
-            pictures = _listed(pixels)
+            pictures = listed_pixels(pixels)
             if len({picture.shape for picture in pictures}) > 1:
                 return torch.cat(
                     [self.pooled(picture[None], interpolate=interpolate) for picture in pictures]
@@ -468,7 +468,7 @@ def saved_folder(source: object) -> Path | None:
     return None
 
 
-def _listed(pixels: Iterable[Tensor]) -> list[Tensor]:
+def listed_pixels(pixels: Iterable[Tensor]) -> list[Tensor]:
     """Pixels that are no tensor, one picture after the other.
 
     Raises:

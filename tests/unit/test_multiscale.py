@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from references import drawn
 from tiny import RESNET, tiny_tower
 from torch import Tensor
@@ -120,4 +121,8 @@ def test_what_does_not_fit_is_named() -> None:
         with pytest.raises(ConfigError, match=r"takes \[B, 3, 96, 96\], its largest scale"):
             multiscale(wrong)
     with pytest.raises(ConfigError, match="must hold pictures, all of one size"):
+        multiscale([torch.zeros(3, 96, 96), torch.zeros(3, 48, 48)])
+    with pytest.raises(ConfigError, match="no pixels were given"):
         multiscale([])
+    with pytest.raises(ConfigError, match="not a list of Image; tower"):
+        multiscale([Image.new("RGB", (8, 8))])

@@ -375,6 +375,15 @@ def test_saving_keeps_what_else_lies_in_the_folder(tmp_path: Path, monkeypatch: 
     )
 
 
+def test_saving_leaves_no_shards_of_the_weights_before(tmp_path: Path) -> None:
+    shards = ["model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+    kept = ["adapter_model.safetensors", "mine.safetensors"]
+    for name in (*shards, *kept):
+        (tmp_path / name).write_text("left over", encoding="utf-8")
+    tower_of("open_clip ViT").save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*TOWER_FILES, *kept}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "is not JSON"), ("[]", "model_type is None"), ('{"model_type": "clip"}', "use 'transformers:")],
