@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlm_vision.errors import ConfigError
 
-# Weights by the libraries' names: one file, or shards and an index. Loaders take the first of these they find.
+# Weights by the libraries' names: one file, or shards and an index. Loaders take the first of them they find.
 _WEIGHTS = re.compile(r"(\w*model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
 
 
