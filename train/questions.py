@@ -24,6 +24,7 @@ from PIL import Image
 
 from vlm_vision.errors import DataError, nearest
 from vlm_vision.preprocess import open_image
+from vlm_vision.train.chat_format import check_text
 from vlm_vision.train.conversations import IMAGE_TOKEN, Turn, parse_record, separate_questions
 from vlm_vision.train.question_scores import letter, normalise_vqa
 
@@ -118,6 +119,10 @@ class Questions(Sequence[Question]):
 
         if not isinstance(raw, Mapping):
             raise wrong(f"must be an object, got {type(raw).__name__}")
+        try:
+            check_text(json.dumps(raw, ensure_ascii=False))
+        except DataError as error:
+            raise wrong(str(error)) from None
         if "conversations" in raw:
             yield from self._of_conversation(raw, number, wrong)
             return

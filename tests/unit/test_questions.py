@@ -205,6 +205,7 @@ GOOD = {"image": "0.png", "question": "q", "answer": "a"}
         ([{**GOOD, "choices": ["x", "y"], "answer": "z"}], None, "`answer` 'z' is none of the choices x, y"),
         ([{**GOOD, "choices": ["x", "y"], "answer": 2}], None, "is no place among 2 choices"),
         ([{"image": "0.png", "caption": " "}], None, "`caption` must be a text"),
+        ([GOOD, {**GOOD, "question": "q \ud83d"}], None, r"question '1': '\ud83d' is a part of a character"),
         ([{"conversations": []}], "choice", "`conversations` hold no `choices`"),
     ],
 )
