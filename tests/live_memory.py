@@ -76,9 +76,9 @@ def live_memory() -> Iterator[LiveMemory]:
             memory.peak = memory.now
             return engine
 
-        def optimizer_step(*arguments: Any) -> Any:
+        def optimizer_step(*arguments: Any, **options: Any) -> Any:
             memory.peak = memory.now
-            result = step(*arguments)
+            result = step(*arguments, **options)
             memory.in_steps.append(memory.peak)
             gc.collect()
             memory.between_steps = memory.now

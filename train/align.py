@@ -173,6 +173,7 @@ def build_model(config: VlmConfig, stage: Stage, learnt: Mapping[Part, Path]) ->
     model = VisionLanguageModel(
         tower.to(dtype), projector.to(dtype), llm, tokenizer, text_tokenizer, config.tiling
     )
-    if model.tiles is not None and "tiles" in learnt:
-        load_newline(model.tiles, learnt["tiles"], dtype)
+    newline = learnt.get("tiles", config.tiles_weights)
+    if model.tiles is not None and newline is not None:
+        load_newline(model.tiles, Path(newline), dtype)
     return model

@@ -56,6 +56,7 @@ class VlmConfig(Config):
         llm_weights: `none` builds the language model from its config, with random weights.
         chat_template: plain, v1, llama_2, chatml, qwen, or a .jinja file, in place of the tokenizer's own.
         tiling: how pictures are cut into tiles of the tower's size (LLaVA's anyres); None takes each as one.
+        tiles_weights: folder `tiles` of a model, with the end of rows that it learnt; drawn anew without.
     """
 
     tower: Annotated[str | TowerConfig, PlainValidator(_tower_source), PlainSerializer(_tower_fields)]
@@ -65,6 +66,13 @@ class VlmConfig(Config):
     llm_weights: Literal["pretrained", "none"] = "pretrained"
     chat_template: str | None = None
     tiling: TilingConfig | None = None
+    tiles_weights: str | None = None
+
+    @model_validator(mode="after")
+    def _rows_have_an_end(self) -> VlmConfig:
+        if self.tiles_weights and (self.tiling is None or self.tiling.merge != "spatial_unpad"):
+            raise ValueError("tiles_weights are of `tiling` with merge: spatial_unpad, which ends rows")
+        return self
 
 
 class Stage(Config):

@@ -56,13 +56,34 @@ BEGINNINGS = """\
 {{- ']' -}}"""
 
 
+def check_text(text: str) -> None:
+    """Refuse what no tokenizer takes and no file holds: JSON may say half of a character.
+
+    Raises:
+        DataError: there is a surrogate on its own in the text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{text[error.start]!r} is a part of a character: the text was cut within one, or was no UTF-8"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; `kind` is an answer's optional `type`, by which evaluation splits its figures."""
+    """What one side says; `kind` is an answer's optional `type`, by which evaluation splits its figures.
+
+    Raises:
+        DataError: as `check_text`.
+    """
 
     role: str
     text: str
     kind: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text(self.text)
 
     @property
     def words(self) -> str:

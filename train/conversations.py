@@ -168,7 +168,7 @@ def _turn(turn: Any, position: int, wrong: Wrong) -> tuple[Turn, list[str]]:
         raise wrong(f"turn {position} must hold `from` and `value`")
     if turn.get("from") not in _ROLES:
         raise wrong(f"turn {position} is from {turn.get('from')!r}, expected one of {', '.join(_ROLES)}")
-    return Turn(_ROLES[turn["from"]], turn["value"], turn.get("type")), []
+    return _said(_ROLES[turn["from"]], turn["value"], turn, position, wrong), []
 
 
 def _message(message: Any, position: int, wrong: Wrong) -> tuple[Turn, list[str]]:
@@ -191,7 +191,14 @@ def _message(message: Any, position: int, wrong: Wrong) -> tuple[Turn, list[str]
                 pictures.append(_picture_name(part, wrong))
         else:
             raise wrong(f"message {position}: a part must be of type text or image, got {part!r:.80}")
-    return Turn(role, text, message.get("type")), pictures
+    return _said(role, text, message, position, wrong), pictures
+
+
+def _said(role: str, text: str, raw: Mapping[str, Any], position: int, wrong: Wrong) -> Turn:
+    try:
+        return Turn(role, text, raw.get("type"))
+    except DataError as error:
+        raise wrong(f"turn {position}: {error}") from None
 
 
 class Conversations(Sequence[Record]):

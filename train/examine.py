@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from vlm_vision.errors import DataError
 from vlm_vision.progress import progress_bar
 from vlm_vision.train.conversations import Sample, Turn, collate
 from vlm_vision.train.question_scores import (
@@ -205,9 +206,13 @@ def _caption_sample(
 ) -> Sample:
     turns = (*question.turns, Turn("assistant", question.truths[0]))
     pictures = questions.pictures(question)
+    tiles = None if model.tiles is None else model.tiles.form
+    try:
+        counts = None if tiles is None else [tiles.num_tokens(picture.size) for picture in pictures]
+        encoded = model.chat.encode(turns, max_length, "refuse", counts)
+    except DataError as error:
+        raise DataError(f"{questions.path}: question {question.id!r}: {error}") from error
     pixels, sizes = model.prepare_pictures(pictures)
-    counts = None if model.tiles is None else [model.tiles.form.num_tokens(seen.size) for seen in pictures]
-    encoded = model.chat.encode(turns, max_length, "refuse", counts)
     return Sample(
         torch.tensor(encoded.input_ids),
         torch.tensor(encoded.labels),

@@ -23,7 +23,9 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from vlm_vision.errors import DataError, nearest
+from vlm_vision.pictures import picture_size
 from vlm_vision.preprocess import open_image
+from vlm_vision.train.chat_format import check_text
 from vlm_vision.train.conversations import IMAGE_TOKEN, Turn, parse_record, separate_questions
 from vlm_vision.train.question_scores import letter, normalise_vqa
 
@@ -66,7 +68,7 @@ class Question:
 
 
 class Questions(Sequence[Question]):
-    """The questions of a file, all checked: every field, and that every picture is there.
+    """The questions of a file, all checked: every field, and that every picture is there and begins as one.
 
     Args:
         image_folder: what pictures' names are relative to.
@@ -75,7 +77,8 @@ class Questions(Sequence[Question]):
 
     Raises:
         DataError: a file that is missing, no JSON or empty; a record without what its kind takes, with an
-            answer that is none of its kind, with the id of another, or a picture that is not in the folder.
+            answer that is none of its kind, with the id of another, or a picture that is not in the folder or
+            is none by its header.
     """
 
     def __init__(
@@ -125,6 +128,10 @@ class Questions(Sequence[Question]):
 
         if not isinstance(raw, Mapping):
             raise wrong(f"must be an object, got {type(raw).__name__}")
+        try:
+            check_text(json.dumps(raw, ensure_ascii=False))
+        except DataError as error:
+            raise wrong(str(error)) from None
         if "conversations" in raw:
             yield from self._of_conversation(raw, number, wrong)
             return
@@ -213,16 +220,27 @@ class Questions(Sequence[Question]):
 
     def _check(self) -> None:
         seen: set[str] = set()
+        looked: set[str] = set()
         for question in self._questions:
             if question.id in seen:
                 raise DataError(f"{self.path}: question {question.id!r} is there twice")
             seen.add(question.id)
             for name in question.images:
-                if not os.path.isfile(self._place(name, question.id)):
-                    raise DataError(
-                        f"{self.path}: question {question.id!r}: picture {name!r} is not in "
-                        f"{self.image_folder}"
-                    )
+                if name not in looked:
+                    self._look(name, question.id)
+                    looked.add(name)
+
+    def _look(self, name: str, identity: str) -> None:
+        """See that a picture is there and, by its header, is one; what only decoding shows is told later."""
+        place = self._place(name, identity)
+        if not os.path.isfile(place):
+            raise DataError(
+                f"{self.path}: question {identity!r}: picture {name!r} is not in {self.image_folder}"
+            )
+        try:
+            picture_size(place)
+        except DataError as error:
+            raise DataError(f"{self.path}: question {identity!r}: {error}") from error
 
     def _place(self, name: str, identity: str) -> str:
         if self.image_folder is None:

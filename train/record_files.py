@@ -7,6 +7,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -224,33 +225,46 @@ def _named(value: Any, row: int) -> Any:
 def _scan(path: Path) -> Iterator[tuple[int, int, Any]]:
     """(first byte, size in bytes, parsed value) of every record, reading the file once in pieces."""
     with path.open("rb") as file:
-        is_list = file.read(_CHUNK).lstrip()[:1] == b"["
-    yield from _scan_list(path) if is_list else _scan_lines(path)
+        head = file.read(_CHUNK)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: is UTF-16: save it as UTF-8")
+    begin = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+    if head[begin:].lstrip()[:1] == b"[":
+        yield from _scan_list(path, head.index(b"[") + 1)
+    else:
+        yield from _scan_lines(path, begin)
 
 
-def _scan_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
-    start = 0
+def _scan_lines(path: Path, start: int) -> Iterator[tuple[int, int, Any]]:
     with path.open("rb") as file:
+        file.seek(start)
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield start, len(line), json.loads(line)
                 except ValueError as error:
-                    raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+                    raise DataError(
+                        f"{path}: line {number} is not JSON: {error}; give a list, or a record on each line"
+                    ) from None
             start += len(line)
 
 
-def _scan_list(path: Path) -> Iterator[tuple[int, int, Any]]:
+def _scan_list(path: Path, begin: int) -> Iterator[tuple[int, int, Any]]:
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, at, byte = "", 0, 0  # `text[at:]` is not parsed yet, and begins at `byte` of the file
+    text, at, byte = "", 0, begin  # `text[at:]` is not parsed yet, and begins at `byte` of the file
     count = 0
     with path.open("rb") as file:
+        file.seek(begin)
         while True:
             stop = at
-            while stop < len(text) and text[stop] in (" \t\r\n," if count else " \t\r\n,["):
+            while stop < len(text) and text[stop] in " \t\r\n,":
                 stop += 1
             byte, at = byte + stop - at, stop  # what was passed over is ASCII
             if text[at : at + 1] == "]":
+                if text[at + 1 :].strip() or any(
+                    piece.strip() for piece in iter(partial(file.read, _CHUNK), b"")
+                ):
+                    raise DataError(f"{path}: more follows the end of the list, after {count} records")
                 return
             try:
                 raw, end = decoder.raw_decode(text, at)

@@ -119,9 +119,13 @@ def run_stage(
             # Dropout draws from here; seeding by step makes a resumed run draw the same.
             torch.manual_seed(seed * 1_000_003 + step * world + rank)
             rate = float(schedule.get_last_lr()[0])
-            loss, grad_norm, must_stop = _optimizer_step(engine, pieces, step, terminated)
+            new = bad.new(pieces)
+            loss, grad_norm, must_stop, must_note = _optimizer_step(
+                engine, pieces, step, terminated, has_bad=bool(new)
+            )
+            if must_note:
+                bad.note(new)
             for piece in pieces:
-                bad.note(piece.replaced)
                 places = [piece.num_tokens, piece.input_ids.numel(), piece.padded_positions]
                 noted = [len(piece.replaced), piece.truncated, *places]
                 counts += torch.tensor(noted, device=engine.device)
@@ -159,28 +163,37 @@ def run_stage(
 
 
 class BadRecords:
-    """Lists records that were replaced, each once, and stops the run when there are too many."""
+    """Lists records that were replaced, on any rank, each once, and stops the run when there are too many.
+
+    Raises:
+        DataError: as `note`.
+    """
 
     def __init__(self, path: Path, conversations: Conversations | MixedConversations) -> None:
         self.path, self.allowed = path, conversations.max_bad
-        self._listed: set[str] = set()
-        if path.is_file():
-            self._listed = {
-                json.loads(line)["error"] for line in path.read_text(encoding="utf-8").splitlines()
-            }
-        if dist.get_rank() == 0:
-            self.note(conversations.bad.items())
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._listed = {str(json.loads(line)["error"]) for line in lines}
+        dist.barrier()  # all have read it before one writes
+        self._list(conversations.bad.values())
 
-    def note(self, replaced: Iterable[tuple[int, str]]) -> None:
-        """Add (record index, reason) pairs.
+    def new(self, pieces: Sequence[Batch]) -> list[str]:
+        """Reasons why this rank replaced records that are not listed yet."""
+        return sorted({reason for piece in pieces for _, reason in piece.replaced} - self._listed)
+
+    def note(self, reasons: Sequence[str]) -> None:
+        """Add what all ranks found; each of them must call.
 
         Raises:
             DataError: more bad records than `max_bad_share` allows.
         """
-        new = [reason for reason in dict(replaced).values() if reason not in self._listed]
-        if not new:
-            return
-        write_bad_list(self.path, new)
+        everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, list(reasons))
+        self._list(reason for theirs in everyones for reason in theirs)
+
+    def _list(self, reasons: Iterable[str]) -> None:
+        new = sorted(set(reasons) - self._listed)
+        if new and dist.get_rank() == 0:
+            write_bad_list(self.path, new)
         self._listed.update(new)
         if len(self._listed) > self.allowed:
             raise DataError(
@@ -190,12 +203,12 @@ class BadRecords:
 
 
 def _optimizer_step(
-    engine: Any, pieces: Sequence[Batch], step: int, terminated: Terminated
-) -> tuple[float, float, bool]:
+    engine: Any, pieces: Sequence[Batch], step: int, terminated: Terminated, *, has_bad: bool
+) -> tuple[float, float, bool, bool]:
     """One optimizer step on this rank's pieces of the batch.
 
     Returns:
-        Loss and gradient norm of the whole batch, and whether any rank was told to stop.
+        Loss and gradient norm of the whole batch, and whether any rank was told to stop, and any `has_bad`.
 
     The loss is the mean over all label tokens of the batch, however it is split over ranks and pieces.
     """
@@ -217,15 +230,15 @@ def _optimizer_step(
         engine.backward(output.loss)
         total += output.loss.detach() / len(pieces)
         if number == len(pieces):
-            told = torch.stack([total, torch.tensor(float(terminated.is_set), device=engine.device)])
-            loss, stopped = mean_over_ranks(told).tolist()
+            flags = torch.tensor([float(terminated.is_set), float(has_bad)], device=engine.device)
+            loss, stopped, bad = mean_over_ranks(torch.cat([total[None], flags])).tolist()
             grad_norm = gradient_norm(engine)
             check_finite(loss, grad_norm or 0.0, step)
         engine.step()
     if grad_norm is None:
         grad_norm = float(engine.get_global_grad_norm())
         check_finite(loss, grad_norm, step)
-    return loss, grad_norm, stopped > 0
+    return loss, grad_norm, stopped > 0, bad > 0
 
 
 def _set_learning(model: VisionLanguageModel, stage: Stage) -> None:

@@ -671,6 +671,12 @@ def load_llm(
         WeightsError: tensors are missing, unexpected or misshapen.
     """
     check_folder(source, "language model")
+    if is_vlm_folder(source):
+        raise ConfigError(
+            f"language model {str(source)!r}: the folder holds a whole vision-language model. "
+            f"VisionLanguageModel.from_pretrained({str(source)!r}).save_pretrained(FOLDER) lays its parts "
+            "beside each other: tower, projector, llm"
+        )
     try:
         if weights == "none":
             config = AutoConfig.from_pretrained(source)

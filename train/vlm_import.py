@@ -119,6 +119,11 @@ def _read_llava(folder: Path, content: dict[str, Any]) -> Parts:
             f"{folder}: mm_use_im_start_end is true: pictures between tokens of their own are not offered in "
             "a model; adapters.from_llava gives its projector"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder}: holds LoRA adapters, and no language model beneath them: merge them with LLaVA's "
+            "scripts/merge_lora_weights.py; a run of ours is exported merged without --lora apart"
+        )
     tiling = _llava_tiling(folder, content)
     state = read_state_dict(find_weights_file(folder))
     tower = _llava_tower(folder, content, state)

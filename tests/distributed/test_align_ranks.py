@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from align_worker import ATTENDING, BATCH_SIZE, STEPS, STOP_AT
+from align_worker import ATTENDING, BATCH_SIZE, STEPS, STOP_AT, config
 from live_memory import measured_data
 from tiny import colour_records, tiny_llm
 
+from vlm_vision.errors import VlmVisionError
 from vlm_vision.train.checkpoint import latest_checkpoint
 from vlm_vision.train.pairs import EpochBatches
+from vlm_vision.train.ranks import run_on_ranks
 
 pytest.importorskip("deepspeed")
 RECORDS, TEXT_ONLY = 16, 8
@@ -152,6 +154,25 @@ def test_kept_features_change_nothing_and_a_text_only_rank_waits_for_no_tower(
     for ranks in (1, 2):
         # Worst difference measured: 2.4e-7.
         assert results[ranks][f"kept{tiles}3"]["losses"] == pytest.approx(reference, abs=1e-5)
+
+
+def align_broken(folder: Path, output: Path, max_bad_share: float) -> None:
+    from vlm_vision.train.align import align
+
+    files = {**config(folder, 2).stages[0].data.model_dump(), "max_bad_share": max_bad_share}
+    align(config(folder, 2, data=files, steps=None, epochs=2), output)
+
+
+def test_bad_records_of_all_ranks_are_counted_together_and_listed_once(tmp_path: Path) -> None:
+    tiny_llm(tmp_path / "llm")
+    colour_records(tmp_path, 16)
+    for number in (0, 4, 8, 12):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(VlmVisionError, match="4 records cannot be used, max_bad_share allows 3"):
+        run_on_ranks(2, align_broken, tmp_path, tmp_path / "three", 3 / 16)
+    run_on_ranks(2, align_broken, tmp_path, tmp_path / "four", 4 / 16)
+    listed = (tmp_path / "four" / "all" / "bad_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == 4
 
 
 def test_sigterm_to_one_rank_ends_all_after_a_checkpoint(stopped: tuple[list[int], Path]) -> None:

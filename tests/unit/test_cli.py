@@ -465,6 +465,9 @@ def test_chat_needs_a_picture_a_question_and_a_model(
     assert "the question is empty" in refused(
         capsys, "chat", models / "vlm", "--image", picture, "--question", " "
     )
+    assert "is a part of a character" in refused(
+        capsys, "chat", models / "vlm", "--image", picture, "--question", "w\udce4s ?"
+    )
     assert "'absent.png' does not exist" in refused(capsys, "chat", models / "vlm", "--image", "absent.png")
     assert "expected 'vlm_vision_language_model'" in refused(
         capsys, "chat", models / "clip", "--image", picture, "--question", "what ?"

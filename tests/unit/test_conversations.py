@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlm_vision.train.conversations import (
     collate,
     read_template,
 )
+from vlm_vision.train.record_files import holds_conversations
 
 TURNS = [
     Turn("user", "what colour is it ?\n<image>"),
@@ -193,6 +195,20 @@ def test_lists_and_lines_read_alike(tmp_path: Path, name: str, monkeypatch: pyte
     assert [r.id for r in conversations[1:3]] == ["é1", "é2"]
 
 
+@pytest.mark.parametrize("separator", [",", "\r\n"])
+def test_files_as_windows_writes_them(tmp_path: Path, separator: str) -> None:
+    text = separator.join(json.dumps(record(id=f"é{n}"), ensure_ascii=False) for n in range(3))
+    path = write(tmp_path, f"[{text}]\r\n" if separator == "," else text)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    conversations = Conversations(path, tmp_path / "images")
+    assert [one.id for one in conversations] == ["é0", "é1", "é2"]
+    assert holds_conversations(str(path))
+    path.write_text(text, encoding="utf-16")
+    for read in (Conversations, holds_conversations):
+        with pytest.raises(DataError, match="is UTF-16: save it as UTF-8"):
+            read(str(path))
+
+
 def test_leading_answers_and_closing_questions_are_left_out(tmp_path: Path) -> None:
     talk = [
         {"from": "gpt", "value": "hello"},
@@ -220,6 +236,10 @@ def turns(*spoken: tuple[str, str]) -> list[dict[str, str]]:
         (record(conversations=turns(("human", "x"), ("gpt", "y"))), "0 <image> in the text, but 1 picture"),
         (record(image=["0.png", "1.png"]), "1 <image> in the text, but 2 picture"),
         (record(conversations=turns(("human", "x"), ("gpt", "<image>"))), "<image> stands in an answer"),
+        (
+            record(conversations=turns(("human", "<image>"), ("gpt", "a \ud83d"))),
+            r"turn 1: '\ud83d' is a part",
+        ),
         (record(image=3), "`image` must be a file name"),
         (record(image="nine.png"), "picture 'nine.png' is not in"),
         (record(image="../data.json"), "lies outside the image folder"),
@@ -241,10 +261,16 @@ def test_a_wrong_record_is_named_with_its_file(tmp_path: Path, wrong: Any, said:
         ("", "holds no record"),
         ("[]", "holds no record"),
         ('[{"id": 1}, {"id"', "no JSON list after 1 records"),
+        ('[{"id": 1}]\n[{"id": 2}]', "more follows the end of the list, after 1 records"),
+        ('[{"id": 1}]        x', "more follows the end of the list, after 1 records"),
         ('{"id": 1}\nnot json\n', "line 2 is not JSON"),
+        ('{\n"data": []}', "line 1 is not JSON: .*give a list, or a record on each line"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_file_is_named(
+    tmp_path: Path, text: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_vision.train.record_files._CHUNK", 7)
     with pytest.raises(DataError, match=said):
         Conversations(write(tmp_path, text), tmp_path / "images")
 

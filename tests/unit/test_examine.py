@@ -9,6 +9,7 @@ from tiny import colour_records, tiny_llm, tiny_tower
 
 from vlm_vision.adapters.build import build_projector
 from vlm_vision.cli import main
+from vlm_vision.errors import DataError
 from vlm_vision.train.conversations import Conversations
 from vlm_vision.train.evaluate import caption_loss
 from vlm_vision.train.examine import examine
@@ -85,6 +86,13 @@ def test_the_loss_of_captions_is_that_of_training(folder: Path) -> None:
         found = examine(model, questions, batch_size=batch_size).scores["loss"]
         # Worst difference measured: 1.8e-7.
         assert found.value == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_caption_that_is_too_long_is_named(folder: Path) -> None:
+    model = VisionLanguageModel.from_pretrained(folder / "model")
+    path = write(folder, "long.json", lambda n: {"caption": "red " * (1 + 3000 * (n == 4))})
+    with pytest.raises(DataError, match=r"long\.json: question '4': \d+ tokens, max_length is 2048"):
+        examine(model, Questions(path, folder / "images"))
 
 
 def test_a_wrong_file_is_told_before_the_model_is_read(

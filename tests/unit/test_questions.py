@@ -220,6 +220,7 @@ YES = {"image": "0.png", "question": "q", "label": "yes"}
         ([{**GOOD, "choices": ["x", "y"], "answer": "z"}], None, "`answer` 'z' is none of the choices x, y"),
         ([{**GOOD, "choices": ["x", "y"], "answer": 2}], None, "is no place among 2 choices"),
         ([{"image": "0.png", "caption": " "}], None, "`caption` must be a text"),
+        ([GOOD, {**GOOD, "question": "q \ud83d"}], None, r"question '1': '\ud83d' is a part of a character"),
         ([{"conversations": []}], "choice", "`conversations` hold no `choices`"),
     ],
 )
@@ -228,6 +229,16 @@ def test_odd_records_are_refused(tmp_path: Path, records: Any, kind: Any, said: 
         Questions(write(tmp_path, records), tmp_path / "images", kind=kind)
     assert said in str(error.value)
     assert "q.json" in str(error.value)
+
+
+def test_a_picture_that_is_none_shows_before_a_model_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, [GOOD, {**GOOD, "image": "1.png"}])
+    Image.new("RGB", (2000, 2)).save(tmp_path / "images" / "1.png")
+    with pytest.raises(DataError, match=r"question '1': .*1\.png: 2000x2 is over the aspect limit"):
+        Questions(path, tmp_path / "images")
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"question '1': .*1\.png: is not a picture"):
+        Questions(path, tmp_path / "images")
 
 
 def test_odd_files_are_refused(tmp_path: Path) -> None:

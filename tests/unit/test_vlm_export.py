@@ -417,6 +417,17 @@ def test_the_command_tells_what_vllm_does_not_load(
     assert told == (layer == [1, 2])
 
 
+def test_a_whole_model_is_no_language_model(tmp_path: Path) -> None:
+    model = build(tmp_path, tiny_tower())
+    export_llava_for_transformers(model, tmp_path / "hf")
+    model.save_pretrained(tmp_path / "ours")
+    for name in ("hf", "ours"):
+        with pytest.raises(ConfigError, match=r"a whole vision-language model.*save_pretrained"):
+            load_llm(tmp_path / name)
+    VisionLanguageModel.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "parts")
+    load_llm(tmp_path / "parts" / "llm")
+
+
 def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

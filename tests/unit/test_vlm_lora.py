@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from vlm_vision.cli import main
 from vlm_vision.config import load_config
+from vlm_vision.errors import ConfigError
 from vlm_vision.train.align import align
 from vlm_vision.train.align_config import AlignConfig
+from vlm_vision.train.vlm import VisionLanguageModel
 
 pytest.importorskip("deepspeed")
 TOLERANCE = 1e-4  # of logits around 1; worst measured: 7.2e-7
@@ -111,6 +113,8 @@ def test_llavas_builder_finds_its_lora_files(run: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     folder = export(run, tmp_path / "llava-lora", "--to", "llava", "--lora", "apart")
+    with pytest.raises(ConfigError, match="holds LoRA adapters, and no language model beneath them"):
+        VisionLanguageModel.from_pretrained(folder)
     assert not list(folder.glob("model*.safetensors"))
     assert (folder / "vision_tower" / "config.json").is_file()
     base_name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]

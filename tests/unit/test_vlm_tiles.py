@@ -673,6 +673,29 @@ def test_a_newline_that_does_not_learn_is_handed_on_too(folder: Path, tmp_path: 
     assert torch.equal(first, last)
 
 
+def test_a_run_goes_on_from_the_parts_of_another(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from vlm_vision.config import load_config
+    from vlm_vision.train.align import align
+    from vlm_vision.train.align_config import AlignConfig
+
+    align(load_config(AlignConfig, align_tree(folder, steps=1)), tmp_path / "one")
+    parts = tmp_path / "one" / "model"
+    tree = align_tree(folder, steps=1, learn=[{"match": "projector.*"}])
+    tree["model"]["tiles_weights"] = str(parts / "tiles")
+    # Another seed draws another end of rows.
+    align(load_config(AlignConfig, {**tree, "seed": 1}), tmp_path / "two")
+    first, last = (
+        load_file(tmp_path / run / "model" / "tiles" / "model.safetensors")["image_newline"]
+        for run in ("one", "two")
+    )
+    assert torch.equal(first, last)
+    for tiling in (None, {**ANYRES, "merge": "spatial"}):
+        tree["model"]["tiling"] = tiling
+        with pytest.raises(ConfigError, match="tiles_weights are of `tiling` with merge: spatial_unpad"):
+            load_config(AlignConfig, tree)
+
+
 def test_stages_without_tiles_are_checked(folder: Path) -> None:
     from vlm_vision.config import load_config
     from vlm_vision.train.align_config import AlignConfig
