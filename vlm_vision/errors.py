@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 class VlmVisionError(Exception):
@@ -39,10 +44,10 @@ def first_line(error: Exception) -> str:
 
 
 def require(extra: str, *modules: str) -> None:
-    """Check that the modules of an extra can be imported, without importing them.
+    """Check that the modules of an extra are there, as new as it wants them, without importing them.
 
     Raises:
-        MissingExtraError: names the missing packages and the command that installs them.
+        MissingExtraError: names those that are missing or too old, and the command that installs them.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
@@ -50,3 +55,26 @@ def require(extra: str, *modules: str) -> None:
             f"this needs {', '.join(missing)}, which the extra {extra!r} brings: "
             f"pip install 'vlm_vision[{extra}]'"
         )
+    for needed in _requirements(extra):
+        version = _version(needed.name) if needed.name in modules else None
+        if version is not None and not needed.specifier.contains(version, prereleases=True):
+            raise MissingExtraError(
+                f"this needs {needed.name}{needed.specifier}, and {version} is installed: "
+                f"pip install 'vlm_vision[{extra}]'"
+            )
+
+
+def _requirements(extra: str) -> list[Requirement]:
+    """What an extra brings, as this package's metadata say."""
+    from packaging.requirements import Requirement
+
+    needed = map(Requirement, metadata.requires("vlm_vision") or ())
+    return [each for each in needed if each.marker and each.marker.evaluate({"extra": extra})]
+
+
+def _version(package: str) -> str | None:
+    """The version that is installed; None of a module that no package manager brought."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

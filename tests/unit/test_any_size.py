@@ -222,7 +222,7 @@ def test_hooks_take_part(kind: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["EVA02", "Swin"])
 def test_adapters_take_part(kind: str) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", minversion="0.17")
     tower = tower_of(kind)
     pixels = torch.randn(1, 3, *sizes_of(tower)[0])
     plain = tower(pixels, interpolate=True)

@@ -46,7 +46,7 @@ def test_the_last_layers_learn_whole() -> None:
 
 
 def test_layers_have_the_adapters_put_into_them() -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", minversion="0.17")
     tower = load_tower("timm:test_efficientnet@none", layer=-1)
     names = [name for name, _ in tower.named_parameters() if ".blocks.4." in name and "conv_pw" in name]
     add_lora(tower, names, LoraConfig(rank=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vlm_vision import DualEncoder, load_dual_encoder
 from vlm_vision.adapters.lora import SplitAttention, add_lora, check_lora_gradients, kind_of, merge_lora
 from vlm_vision.adapters.lora_config import LoraConfig
-from vlm_vision.errors import ConfigError
+from vlm_vision.errors import ConfigError, MissingExtraError
 from vlm_vision.train.losses import info_nce_loss
 from vlm_vision.train.optim import apply_rules
 from vlm_vision.train.recipes import RECIPES, applicable_rules
@@ -451,3 +452,11 @@ def test_targets_that_are_not_there_are_refused() -> None:
             )
     with pytest.raises(ConfigError, match="target 'q' is none of the 1 layers"):
         with_lora(tiny_dual_encoder(), [Rule(match="*conv1*", learn="lora")], targets=("q",))
+
+
+def test_an_old_peft_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.4.0" if name == "peft" else version(name))
+    message = r"this needs peft>=0.17, and 0.4.0 is installed: pip install 'vlm_vision\[train\]'"
+    with pytest.raises(MissingExtraError, match=message):
+        with_lora(tiny_dual_encoder())
