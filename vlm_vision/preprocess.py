@@ -39,6 +39,7 @@ __all__ = [
 ]
 # Red, green and blue in four bytes that are read as one number.
 _MASKS = [int.from_bytes(row, sys.byteorder) for row in (b"\xff\0\0\0", b"\0\xff\0\0", b"\0\0\xff\0")]
+_MASKS_OF_PLANES = torch.tensor(_MASKS, dtype=torch.int32, device="cpu")[:, None, None]
 _SHIFT = 1 / 256  # of a pixel, by which `fast` may move a picture to resize less of it
 
 
@@ -71,6 +72,8 @@ class ImageProcessor:
             _check_torch_knows(config)
         self.config = config
         self.fast = fast
+        shifts = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
+        self._shifts = [torch.full((), shift, dtype=torch.float32, device="cpu") for shift in shifts]
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Any:
         """Open, resize, crop and normalise one picture or several of any sizes.
@@ -163,11 +166,10 @@ class ImageProcessor:
             pairs = [(squares, pixels)]  # what a GPU wants are few calls
         for square, picture in pairs:  # one after another, each stays in the CPU's cache
             units = _split(square.detach(), picture)
-            for plane, unit, mean, std in zip(
-                picture.unbind(-3), units, self.config.mean, self.config.std, strict=True
-            ):
+            settings = zip(units, self.config.mean, self.config.std, self._shifts, strict=True)
+            for plane, (unit, mean, std, shift) in zip(picture.unbind(-3), settings, strict=True):
                 if self.fast:  # one pass for three, and the last bit
-                    shift = torch.full((), -mean / std, dtype=torch.float32, device=plane.device)
+                    shift = shift.to(plane.device, non_blocking=True)
                     torch.add(shift, plane, alpha=1 / (unit * std), out=plane)
                 else:
                     plane.div_(unit).sub_(mean).div_(std)
@@ -331,7 +333,7 @@ def _interpolate(
 ) -> Num[Tensor, "b c rows columns"]:
     """`torch.nn.functional.interpolate`, which takes a size or ratios, but not both."""
     _check_torch_knows(config)
-    resize = getattr(torch.ops.aten, f"_upsample_{config.interpolation}2d_aa")
+    resize = getattr(torch.ops.aten, f"_upsample_{config.interpolation}2d_aa").default
     resized: Tensor = resize(pictures, size, False, *(ratios or (None, None)))
     return resized
 
@@ -388,9 +390,8 @@ def _split(square: Num[Tensor, "*b h w c"], planes: Float[Tensor, "*b 3 h w"]) -
         return [255 if square.dtype == torch.uint8 else 1] * 3
     # A mask picks from whole pixels in vectors what a stride picks one by one.
     pixels = square.view(torch.int32)[..., 0]
-    for plane, mask in zip(planes.unbind(-3), _MASKS, strict=True):
-        picked = torch.bitwise_and(pixels, mask, out=plane.view(torch.int32))
-        plane.copy_(picked)  # number by number in its own place, which spares the cache another plane
+    picked = torch.bitwise_and(pixels, _MASKS_OF_PLANES, out=planes.view(torch.int32))
+    planes.copy_(picked)  # number by number in its own place, which spares the cache other planes
     return _MASKS
 
 
