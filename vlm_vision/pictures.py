@@ -278,7 +278,7 @@ def _decoding_scale(size: tuple[int, int], resized: tuple[int, int]) -> int:
 
 
 def _decode_whole(content: bytes) -> UInt8[Tensor, "h w c"] | None:
-    """Pillow's bytes without its fourth channel and its copies; None where Pillow has to tell why not."""
+    """Pillow's bytes without its copies; None where Pillow has to tell why not."""
     decode = _jpeg_decoder()
     if decode is None:
         return None

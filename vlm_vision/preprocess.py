@@ -72,8 +72,8 @@ class ImageProcessor:
             _check_torch_knows(config)
         self.config = config
         self.fast = fast
-        shifts = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
-        self._shifts = [torch.full((), shift, dtype=torch.float32, device="cpu") for shift in shifts]
+        blacks = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
+        self._blacks = [torch.full((), black, dtype=torch.float32, device="cpu") for black in blacks]
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Any:
         """Open, resize, crop and normalise one picture or several of any sizes.
@@ -166,11 +166,11 @@ class ImageProcessor:
             pairs = [(squares, pixels)]  # what a GPU wants are few calls
         for square, picture in pairs:  # one after another, each stays in the CPU's cache
             units = _split(square.detach(), picture)
-            settings = zip(units, self.config.mean, self.config.std, self._shifts, strict=True)
-            for plane, (unit, mean, std, shift) in zip(picture.unbind(-3), settings, strict=True):
+            settings = zip(units, self.config.mean, self.config.std, self._blacks, strict=True)
+            for plane, (unit, mean, std, black) in zip(picture.unbind(-3), settings, strict=True):
                 if self.fast:  # one pass for three, and the last bit
-                    shift = shift.to(plane.device, non_blocking=True)
-                    torch.add(shift, plane, alpha=1 / (unit * std), out=plane)
+                    black = black.to(plane.device, non_blocking=True)
+                    torch.add(black, plane, alpha=1 / (unit * std), out=plane)
                 else:
                     plane.div_(unit).sub_(mean).div_(std)
         return pixels
